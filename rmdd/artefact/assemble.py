@@ -22,7 +22,7 @@ from rmdd.models.text import encoder_identity
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
-"""Files in the folder of a generated phase: its captions, the pretrained models used, and facts about its making."""
+"""Files in the folder of a generated phase: captions, pretrained models used, and how the pairs were generated."""
 
 
 def assemble(
@@ -86,7 +86,7 @@ def _subset(path: Path, train: PreparedSplit, real: bool) -> Subset:
     synthetic, split = load_set(path), train.split
     records: list[int] = read_json(path.parent / "records.json")
     caption_file = path.parent / CAPTIONS
-    if caption_file.is_file():  # file with captions that the distillation method made or chose
+    if caption_file.is_file():  # the distillation method wrote captions of its own
         captions = read_json(caption_file)
     else:
         captions = [split.captions[i] for i in nearest(synthetic.texts, train.texts).tolist()]

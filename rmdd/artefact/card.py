@@ -15,7 +15,7 @@ from rmdd.artefact.distilled import PREVIEW, DistilledSet
 from rmdd.data.images import denormalise
 
 PREVIEW_PAIRS = 64
-TILE = (64, 128)  # smallest and largest side in pixels of an image in the preview
+TILE = (64, 128)  # preview images have sides of 64 to 128 pixels
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 
 LOSSES = {

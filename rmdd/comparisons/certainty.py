@@ -1,4 +1,4 @@
-"""Bootstrap intervals of the rows of a comparison over test images, from the test ranks of the rows' students."""
+"""Bootstrap intervals over test images for the rows of a comparison, computed from the test ranks of students."""
 
 from collections.abc import Sequence
 from pathlib import Path

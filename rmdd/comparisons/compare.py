@@ -52,7 +52,7 @@ class Comparison:
     against: str
     """Name of the row with which all other rows are compared."""
     reencode: bool = False
-    """Whether to accept sets of another text encoder, by embedding their captions with the encoder of the run."""
+    """Whether to accept sets of a different text encoder, by embedding their captions again with the run's encoder."""
 
     @property
     def folder(self) -> Path:
@@ -187,8 +187,8 @@ def compare(
 
     A set is the folder of a distilled set or of its run, or a safetensors file; a subset is a folder with
     `subset.json`. `source` gives the protocol and the data in a form that `config.load` accepts; by default they are
-    those of the first set's run. `against` names the row that all others are compared with (default: `random` or the
-    first row). `reencode` embeds the captions of sets with another text encoder again.
+    those of the first set's run. `against` names the row that all others are compared with (default: `random`, else the
+    first row). `reencode` embeds the captions of sets with a different text encoder again.
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP
 

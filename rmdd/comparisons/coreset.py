@@ -33,7 +33,7 @@ from rmdd.models.prepared import PreparedSplit
 from rmdd.pipeline import Pipeline, open_pipeline
 
 SHARE_FROM_BYTES = 256 * 2**20
-"""Size in bytes from which the features are divided among several workers."""
+"""Features of at least this size in bytes are divided among several workers."""
 SAVE_EVERY = 200
 """Number of greedy picks between two saves of the picks."""
 PREVIEWED = 64
@@ -86,7 +86,7 @@ def choose(pipeline: "Pipeline", choice: Choice, ranks: int | None = None) -> tu
 
 @dataclass
 class Picks:
-    """Ids and values of the items picked so far by a greedy method; a larger coreset continues from the saved file."""
+    """Ids and scores of the items picked so far by a greedy method; a larger coreset continues from the saved file."""
 
     path: Path
     ids: list[int] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Picks:
 
 
 class Selection:
-    """The selection of one coreset: it computes features and picks, and writes the subset folder."""
+    """Selects one coreset: computes features, picks items (images or captions), and writes the subset folder."""
 
     def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
@@ -170,7 +170,7 @@ class Selection:
         return subset, target
 
     def pair_names(self, records: Sequence[int]) -> tuple[tuple[str, int], ...]:
-        """Return the pair id and the caption number of each record."""
+        """Return the pair id and the caption number of each caption record."""
         split = self.train.split
         images = split.image_of[list(records)]
         first = np.searchsorted(split.image_of, images)
@@ -184,7 +184,7 @@ class Selection:
         return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
-        """Return how many pairs, images, parameters and bytes `records` have, and how many items could be chosen."""
+        """Return the number of pairs, images, parameters and bytes of caption `records`, and of available items."""
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
         return {
@@ -224,7 +224,7 @@ class Selection:
             ranks.call("drop", dropped)
             ids = np.setdiff1d(ids, dropped)
             self.facts["guard"] = {"kind": choice.guard, "share": choice.guard_share, "dropped": len(dropped)}
-        if ranks and choice.clusters and choice.method == "forgetting":  # cluster quotas must not count excluded items
+        if ranks and choice.clusters and choice.method == "forgetting":  # quotas must not count excluded records
             excluded = np.setdiff1d(ids, self.ranking)
             ranks.call("drop", excluded)
             ids = np.setdiff1d(ids, excluded)
@@ -255,7 +255,7 @@ class Selection:
         return self._mean
 
     def radius(self, order: Iterator[int], picks: int) -> float:
-        """Return the covering radius of the first `picks` picks: the largest distance of an item to all of them."""
+        """Return the covering radius of the first picks: the largest distance of an item to its nearest pick."""
         if len(self.values) <= picks:
             next(order, None)
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
@@ -332,7 +332,7 @@ class Selection:
         return clusters.worst(ids, cosines(self.sides, self.items, choice.caption), choice.guard_share)
 
     def order(self, ranks: WorkerParts | None, ids: np.ndarray, stored: bool = True) -> Iterator[int]:
-        """Yield items of `ids` in the order of the selection method; if `stored`, greedy picks are read and saved."""
+        """Yield items of `ids` in the order of the selection method; if `stored`, greedy picks are kept in a file."""
         choice = self.choice
         if choice.method == "random":
             draw = permuted(ids, self.seed) if choice.draw == "permutation" else smallest(ids, None, self.seed)

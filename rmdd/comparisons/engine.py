@@ -42,7 +42,7 @@ Costs = dict[str, int | float | None]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of a comparison, with everything that its students need."""
+    """One row of a comparison: its training pairs, and the run and settings of its students."""
 
     name: str
     entry: Entry
@@ -97,7 +97,7 @@ class ComparedRun(Pipeline):
     """Pipeline that prepares the rows of one protocol: data, embeddings, and experts for a row of full data."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
-        """Return a message for every entry that belongs to other data or has pairs outside the training split."""
+        """Return a message for every entry of a different dataset or with pairs outside the training split."""
         dataset = self.ingest()
         wrong = [mistake for entry in entries for mistake in check_data(entry, dataset.hash)]
         total = dataset.counts["train"]["captions"]
@@ -179,7 +179,7 @@ class ComparedRun(Pipeline):
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
     def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """Return the training pairs of a set and, if its captions were embedded again, how many captions repeat."""
+        """Return the training pairs of a set and, if its captions were embedded again, how many are duplicates."""
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None
@@ -203,7 +203,7 @@ class ComparedRun(Pipeline):
         return file.relative_to(self.storage.root)
 
     def _real_costs(self, draws: Sequence[Sequence[int]]) -> Costs:
-        """Return the costs of draws of real pairs, all of one size; `bytes` is the mean over the draws."""
+        """Return the costs of equally large draws of real pairs; `bytes` is the mean over the draws."""
         train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
         mean_bytes = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
@@ -221,7 +221,7 @@ class ScoredRow:
     """The records of the students of a row, or the error that stopped a student."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    """Record of each student, by the number of the student."""
+    """The records of the students, by the index of the student."""
     ranks: list[Path] = field(default_factory=list)
     """Files with the retrieval ranks of each student on test, for students that have one."""
     chosen: dict[str, Any] | None = None

@@ -39,7 +39,7 @@ class Entry:
     pairs: int | None = None
     """Number of random pairs, if it differs from the budget of the run."""
     rates: Literal["learned", "tuned"] = "tuned"
-    """Origin of the learning rates: `learned` are stored in the set, `tuned` are chosen on val (all other pairs)."""
+    """Origin of the learning rates: `learned` (stored in the set) or, for all other pairs, `tuned` (chosen on val)."""
     address: str = ""
     """Command-line argument of the entry with an absolute path, so that it is valid in any working folder."""
 
@@ -172,14 +172,14 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
 def source_run(entry: Entry) -> dict[str, Any] | None:
     """Return the run file of the run that made a set, as a mapping; None if the set does not record it.
 
-    If the set is in the folder of that run, the mapping has the data and storage of the run. Raises `ValueError` if
-    that storage has the layout of another release.
+    If the set is in the folder of that run, the mapping has the data and storage of the run. Raises `ValueError` if a
+    release with a different layout wrote that storage.
     """
     if entry.distilled is None or not entry.distilled.config or entry.path is None:
         return None
     raw: dict[str, Any] = json.loads(json.dumps(entry.distilled.config))
     if raw.get("distill", {}).get("phases"):
-        raw["distill"].pop("plan", None)  # the planned phases are listed, so the plan is not needed
+        raw["distill"].pop("plan", None)  # the phases of the plan are already listed
     if entry.path.name != "set":
         return raw
     folder = entry.address.removesuffix("/set") if is_uri(entry.address) else str(entry.path.parent)
@@ -223,7 +223,7 @@ def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) 
 
 
 def same_text(set_: DistilledSet, tower: config.TextTower) -> bool:
-    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need its width."""
+    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need the same width."""
     if set_.subsets[0].texts.shape[1] != text_width(tower):
         return False
     if not set_.model:
@@ -241,7 +241,7 @@ def image_tower_words(tower: Mapping[str, Any]) -> str:
 
 
 def check_data(entry: Entry, data_hash: str) -> list[str]:
-    """Return the reason why an entry does not belong to the dataset with this hash; bare tensors are not checked."""
+    """Return the reason why an entry is not from the dataset with this hash; no check for bare tensors."""
     theirs = None
     if entry.distilled is not None:
         data = entry.distilled.provenance.get("data")

@@ -41,7 +41,8 @@ class SetProbeItem:
 def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ()) -> config.Run:
     """Return the run of the set at `path`, with the settings that its students and `probes` need.
 
-    Raises `ConfigError` for invalid settings, unreadable files of a probe, and a text encoder other than the set's.
+    Raises `ConfigError` for invalid settings, unreadable files of a probe, and a text encoder that differs from the
+    set's.
     """
     distilled = DistilledSet.load(path)
     source = distilled.config
@@ -87,7 +88,7 @@ def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]
 
 
 def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
-    """Score one student on the probes; its weights come from an earlier probe or, if there are none, from training."""
+    """Score one student on the probes; load the weights that an earlier call saved, or train the student."""
     run, storage = item.run, open_storage(item.run.runtime)
     job = protocol.Job("student", item.index)
     probes = StudentProbes(run, job, run_folder(run) / "students" / f"{job.name}.json", item.value, storage)

@@ -121,7 +121,7 @@ def published(
 
 
 def budgets(dataset: str | None = None) -> list[str]:
-    """Return the budgets in pairs for which results on a dataset (or any) are published; words (such as full) last."""
+    """Return the budgets in pairs for which results on a dataset (or any) are published; words such as full last."""
     sizes = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
     return sorted(sizes, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
 

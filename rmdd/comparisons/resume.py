@@ -13,9 +13,9 @@ from rmdd.core.layout import locate_file
 
 
 def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
-    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None if there is neither.
+    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None if it holds neither.
 
-    Raises `ConfigError` if sets of it are missing, and `ValueError` if the storage has the layout of another release.
+    Raises `ConfigError` if its distilled sets are missing, and `ValueError` if the storage has a different layout.
     """
     storage, file = locate_file(str(folder), "comparison.json", depth=2)
     if not file.is_file():

@@ -1,8 +1,9 @@
 """`rmdd transfer`: train students with other towers on a distilled set (cross-architecture generalisation).
 
-Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so for
-another text encoder the nearest real caption of each embedding (cosine, stored with the set) is embedded again. Learned
-rates belong to the towers of the set, so every tower has two rows: with these rates and with rates chosen on val.
+Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so for a
+different text encoder the nearest real caption of each embedding (cosine, stored with the set) is embedded again.
+Learned learning rates belong to the towers of the set, so every tower gets a row with learned rates and a row with
+rates chosen on val.
 """
 
 import statistics
@@ -202,7 +203,7 @@ def towers(model: config.Model) -> str:
 
 
 def target(run: config.Run, word: str) -> config.Run:
-    """Return a copy of `run` with other towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
+    """Return a copy of `run` with different towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
 
     Without `@WEIGHTS`, an image tower starts like that of `run`: random with the same seed, or pretrained. Raises
     `ValueError` if `word` has another form.
@@ -225,7 +226,7 @@ def target(run: config.Run, word: str) -> config.Run:
 
 
 def _absolute(word: str) -> str:
-    """Return the absolute path of an existing file or folder; return any other word unchanged."""
+    """Return the absolute path if `word` is an existing file or folder, otherwise `word`."""
     path = Path(word).expanduser()
     return str(path.absolute()) if word and path.exists() else word
 
@@ -277,7 +278,7 @@ def prepare_transfer(
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        same_image = other.model.model_copy(update={"image": run.model.image})  # misfits must not compare image towers
+        same_image = other.model.model_copy(update={"image": run.model.image})  # a different image tower is no misfit
         unfit = unbuildable(other) or misfits(entry, same_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if other.model == run.model:

@@ -11,7 +11,7 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
-"""Number of records that each record is scored against for forgetting, if the run has no `experts.forgetting`."""
+"""Number of caption records in the pool for forgetting events, if the run sets no `experts.forgetting`."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
 """Selection methods that choose all pairs jointly, so a smaller coreset is not the beginning of a larger one."""
@@ -30,7 +30,7 @@ class Choice(Section):
         None, description="choose as many pairs as fit into this many bytes (encoded images and captions)"
     )
     seed: int | None = Field(None, description="seed of the random choices; null: the seed of the run")
-    unit: ChoiceUnit = Field("image", description="image: at most one caption per image; record: any number of them")
+    unit: ChoiceUnit = Field("image", description="image: at most one caption per image; record: any number per image")
     caption: Literal["mean", "seeded"] = Field(
         "mean", description="text features of an image: mean over its captions, or those of one random caption"
     )
@@ -45,13 +45,13 @@ class Choice(Section):
     )
     dtype: Literal["float32", "float16"] = Field("float32", description="floating-point type of the feature files")
     draw: Literal["permutation", "hash"] = Field(
-        "permutation", description="method random: first items of a permutation, or those with the smallest id hashes"
+        "permutation", description="method random: first items of a permutation, or items with the smallest id hashes"
     )
     start: Literal["random", "mean"] = Field(
         "random", description="method k_center: the first pick is a random item, or the item nearest to the mean"
     )
     clusters: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of k-means clusters; the method chooses in each separately; 0: no clusters"
+        0, description="number of k-means clusters; the method chooses in each cluster; 0: no clusters"
     )
     quota: Literal["equal", "proportional", "sqrt"] = Field(
         "equal", description="pairs per cluster: equal, or proportional to the cluster's size or to its square root"

@@ -44,7 +44,7 @@ def fit(
         raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; ask for 1 to {len(sample)}")
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
     with warnings.catch_warnings(), one_thread():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # scikit-learn warns about equal rows and few iterations
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows or few iterations give warnings
         if len(sample) > mini_batch:
             fitted = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
         else:
@@ -81,7 +81,7 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
 def nearest_members(
     ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
 ) -> list[int]:
-    """Return for each cluster the id of its member nearest to the cluster's point, merged from results `of_workers`.
+    """Return for each cluster the id of the member nearest to its point; `of_workers` has one result per worker.
 
     A cluster without members gives the nearest item that is not chosen yet.
     """
@@ -145,5 +145,5 @@ def outliers(
 
 
 def worst(ids: Int64[np.ndarray, " N"], score: Float32[np.ndarray, " N"], share: float) -> Int64[np.ndarray, " n"]:
-    """Return the ids of the `share` (0 to 1) of rows with the lowest scores; of equal scores, larger ids go first."""
+    """Return the ids of the `share` (0 to 1) of rows with the lowest scores; of equal scores, larger ids first."""
     return np.sort(ids[np.lexsort((-ids, score))][: math.floor(share * len(ids))])

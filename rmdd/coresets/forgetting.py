@@ -2,8 +2,8 @@
 
 After every epoch, all records are scored without augmentation against a seeded pool of P records. A record is *correct*
 if its image is more similar to its caption than to any caption of the pool, and its caption more similar to its image
-than to any image of the pool; records of the same image do not count. A record is *forgotten* if it was correct after
-the previous epoch and no longer is. The first epoch cannot be an event, so E epochs give at most E // 2 events.
+than to any image of the pool; records of the same image are not compared. A record is *forgotten* if it was correct
+after the previous epoch and no longer is. The first epoch cannot be an event, so E epochs give at most E // 2 events.
 
 N images, T records, P records of the pool, D joint width.
 """
@@ -140,7 +140,7 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """Return the margin of each caption record: cosine with its image minus the best cosine with others of the pool.
+    """Return the margin of each caption record: its cosine minus the best with a different record of the pool.
 
     The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
     """

@@ -22,7 +22,7 @@ Start = Literal["random", "mean"]
 
 
 def checked(ranks: WorkerParts) -> Check:
-    """Check the rows of all ranks. Raises `ValueError` if there are none, or if one is zero or not finite."""
+    """Check the rows of all ranks. Raises `ValueError` without rows, or if a row is zero or not finite."""
     checks: list[Check] = ranks.call("check")
     bad = sum(c.bad for c in checks)
     if bad:
@@ -75,7 +75,8 @@ def herding(
 
 
 def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> Iterator[Best]:
-    """Yield k-center picks until no item is left, after the picks `earlier`; without these, the first pick is `first`.
+    """Yield k-center picks until no item is left, after the picks `earlier`; without `earlier`, the first pick is
+    `first`.
 
     The value of a pick is its squared distance to the nearest earlier pick: the squared covering radius of those picks.
     """

@@ -3,7 +3,7 @@
 A row is an image embedding followed by a text embedding. Images and texts are clustered separately, into K k-means
 clusters each. The Hungarian algorithm matches image clusters to text clusters so that as many rows as possible lie in
 both clusters of a match. The prototype of a match is the mean of these common rows, and the common row nearest to it is
-chosen. For a match without common rows it is the two centroids, and the nearest row not yet chosen is taken.
+chosen. For a match without common rows the prototype is its two centroids, and the nearest row not yet chosen is taken.
 
 N rows, D features, K clusters of images and of texts.
 """
@@ -20,7 +20,7 @@ from rmdd.execution.parts import WorkerParts
 
 
 def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
-    """Choose `k` rows; return their ids, those of matches with most common rows first, and statistics of the matching.
+    """Choose `k` rows; return their ids, the match with most common rows first, and statistics of the matching.
 
     The first `image_width` columns are the image embedding. Statistics: `overlap` (share of rows in both clusters of a
     match) and `empty` (number of matches without a common row).
@@ -40,7 +40,7 @@ def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[li
 
 
 def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
-    """Give every row a different column so that the sum of these entries is largest (Hungarian method, Kuhn 1955)."""
+    """Assign each row a different column so that the sum of these entries is largest (Hungarian method, Kuhn 1955)."""
     from scipy.optimize import linear_sum_assignment
 
     return np.asarray(linear_sum_assignment(overlap, maximize=True)[1], np.int64)
@@ -49,7 +49,7 @@ def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
 def _prototypes(
     ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, fallback: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
-    """Return for every match the mean of its common rows, or its row of `fallback` if it has no common rows.
+    """Return for every match the mean of its common rows, or its row of `fallback` if there are none.
 
     The result is bit-identical for any order of rows and number of ranks.
     """

@@ -115,7 +115,7 @@ class Shard:
     # -- searching the next pick ---------------------------------------------------------------------------------
 
     def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
-        """Mark `chosen` as taken; return the row x left with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
+        """Mark `chosen` as taken; return the untaken row x of largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
         self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
@@ -126,7 +126,7 @@ class Shard:
         return search.best
 
     def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
-        """Mark `chosen` as taken; return the row left nearest to `point`; its value is minus the squared distance."""
+        """Mark `chosen` as taken; return the untaken row nearest to `point`, with minus the squared distance."""
         self.take(chosen)
         search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):
@@ -134,7 +134,7 @@ class Shard:
         return search.best
 
     def farthest(self, centres: Float32[np.ndarray, "C D"], chosen: Ids) -> Best | None:
-        """Mark `chosen` as taken, add `centres`, and return the row left that is farthest from its nearest centre.
+        """Mark `chosen` as taken, add `centres`, and return the untaken row that is farthest from its nearest centre.
 
         The value of that row is its squared distance to the nearest centre.
         """
@@ -196,7 +196,7 @@ class Shard:
         return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
-        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, as in `total`."""
+        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, as an integer."""
         total = np.zeros((len(partner), self.rows.width), np.int64)
         inside = self._inside(partner)
         for where, x in self.rows.chunks(self.chunk):
@@ -230,7 +230,7 @@ class Shard:
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
-    """Return by cluster (`label`) the smallest distance of a row, and the id of that row."""
+    """Return for each cluster (`label`) the smallest distance of a row, and the id of that row."""
     order = np.lexsort((ids, distance, label))
     labels, first = np.unique(label[order], return_index=True)
     return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}
@@ -255,7 +255,7 @@ class _Search:
 
 
 def best_of(candidates: Iterable[Best | None]) -> Best | None:
-    """Return the candidate with the largest value (of equal ones, the smallest id), or None without candidates."""
+    """Return the candidate with the largest value (of equal ones, the smallest id), or None if there are none."""
     return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 

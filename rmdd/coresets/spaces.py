@@ -110,7 +110,7 @@ def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float
             f"{int(bad.sum())} {side} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
             "remove these pairs from the dataset, or use another encoder"
         )
-    rows = rows / largest  # keeps the squares of the values within range of float32
+    rows = rows / largest  # so that squares stay within the range of float32
     return rows / np.sqrt(np.vecdot(rows, rows))[:, None]
 
 
@@ -144,7 +144,7 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """Write `count` feature rows into `folder`, computed by an encoder from `make`; existing blocks of rows are kept.
+    """Write `count` feature rows into `folder`, computed by the encoder of `make`; existing blocks are kept.
 
     `stream` runs the encoder on the missing blocks; `identity` describes the encoder in `rows.json`.
     """

@@ -27,7 +27,7 @@ class Coreset:
     records: tuple[tuple[str, int], ...]
     """`pair_id` of each pair, and the position of its caption among the pair's captions left after cleaning."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Further results for reports: objective, shares, number of pairs, parameters, bytes, seconds."""
+    """Further results for reports, such as mean error, radius, number of pairs, parameters, bytes and seconds."""
 
     def __len__(self) -> int:
         return len(self.records)

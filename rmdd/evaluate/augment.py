@@ -21,14 +21,14 @@ from rmdd.data.augment import augment
 from rmdd.data.images import denormalise, normalise
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-"""Function from normalised images and a generator to augmented images of the same shape."""
+"""A function that takes normalised images and a random generator and returns augmented images of the same shape."""
 
 SCALE, DEGREES, SHIFT, CUT = 1.2, 15.0, 0.125, 0.5
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 
 def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Augmentation:
-    """Return the augmentation called `name`; randaugment needs the pixel mean and std that normalised the images."""
+    """Return the augmentation called `name`; randaugment needs the pixel mean and std of the normalisation."""
     if name == "dsa":
         return dsa
     if name != "randaugment":
@@ -47,7 +47,7 @@ def augmentation(name: str, mean: Sequence[float] | None = None, std: Sequence[f
 
 
 def dsa(images: Float[Tensor, "N 3 H W"], random: torch.Generator) -> Float[Tensor, "N 3 H W"]:
-    """Apply one random transform of `FAMILIES` to a batch of normalised images; uncovered pixels become 0, the mean."""
+    """Apply one random transform of `FAMILIES` to normalised images; pixels from outside an image are 0 (the mean)."""
     name = list(FAMILIES)[int(torch.randint(len(FAMILIES), (), generator=random))]
     return FAMILIES[name](images, random)
 

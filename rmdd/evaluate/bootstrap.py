@@ -25,7 +25,7 @@ METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric on all images of a gallery and its confidence bounds, in percent (or percentage points)."""
+    """A metric over all images of a gallery with its confidence bounds; in percent (a difference: in points)."""
 
     mean: float
     low: float
@@ -50,7 +50,7 @@ def difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return the bootstrap interval of the mean of students `a` minus that of students `b`, on the same image draws."""
+    """Return the bootstrap interval of the mean metric of students `a` minus that of students `b`, on equal draws."""
     return differences(a, b, (metric,), draws, seed, level)[metric]
 
 
@@ -121,7 +121,7 @@ def _bootstrapped(
     seed: int,
     level: float,
 ) -> dict[str, Interval]:
-    """Return the bootstrap interval of each metric; `hits` holds the hits, `captions` the captions, of each image."""
+    """Return the bootstrap interval of each metric from the numbers of hits (`hits`) and captions of each image."""
     names = [(m, side) for m, by_side in enumerate(hits) for side in by_side]
     columns = torch.stack([captions, *(hits[m][side] for m, side in names)], dim=1)
     drawn_RS = torch.cat([counts @ columns for counts in _counts(len(captions), draws, seed)])
@@ -145,7 +145,7 @@ def _mean_of_sides(sums: Tensor, columns: dict[str, int], images: int) -> Tensor
 
 
 def _counts(images: int, draws: int, seed: int) -> Iterator[Float[Tensor, "r I"]]:
-    """Yield how often each bootstrap draw contains each image, as a function of the number of images and the seed."""
+    """Yield how often each bootstrap draw contains each image; the draws depend only on `images` and `seed`."""
     for start in range(0, draws, STRIDE):
         rows = min(STRIDE, draws - start)
         index = torch.randint(images, (rows, images), generator=generator(seed, "bootstrap", start))

@@ -26,8 +26,8 @@ NEIGHBOURS = 10
 CHUNK = 1024
 
 COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
-"""Thresholds of `collapsed` (our choice). It warns if the mean cosine has moved more than the first share of the way
-from that of random pairs to 1, or if the effective rank is below the second share of that of random pairs."""
+"""Thresholds of `collapsed` (our choice). It warns if the mean cosine of a set has moved from that of random pairs
+towards 1 by more than the first share, or if its effective rank is below the second share of that of random pairs."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
@@ -93,7 +93,7 @@ def stripes(similarity: Float[Tensor, "M M"]) -> float:
 
 
 def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
-    """Return a warning for each sign of collapse in the statistics `row` of a set; `real` are those of random pairs."""
+    """Return warnings if statistics (`row`) of a set, compared with those of random pairs (`real`), show collapse."""
     warnings = []
     if row["unusable"]:
         warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero or non-finite embedding")
@@ -116,7 +116,7 @@ def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
 
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
-    rows = rows / rows.abs().amax(1, keepdim=True)  # scaled by its largest entry, so that the norm cannot underflow
+    rows = rows / rows.abs().amax(1, keepdim=True)  # scaling by the largest entry keeps the norm from underflow
     unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return unit
 
@@ -129,7 +129,7 @@ def _random_pairs(n: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
 
 
 def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
-    """Return the cosines of row i of `a` and row j of `b` for all i != j, or for a random sample if n is large."""
+    """Return the cosines of row i of `a` and row j of `b` for all i != j, or for a sample of pairs if n is large."""
     n = len(a)
     if n * (n - 1) <= SAMPLE:
         return (a @ b.T)[~torch.eye(n, dtype=torch.bool, device=a.device)].cpu().numpy()
@@ -138,7 +138,7 @@ def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
 
 
 def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
-    """Return log mean exp(-2 d^2) over all i != j; d is the distance of row i of `a` and row j of `b`, of norm 1."""
+    """Return log mean exp(-2 d^2) over all i != j; d is the distance from row i of `a` to row j of `b`, of norm 1."""
     n = len(a)
     if n > EXACT:
         first, second = (index.to(a.device) for index in _random_pairs(n, seed, "uniformity"))
@@ -159,8 +159,8 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
-    """Count for each candidate the queries that have it among their ten nearest; return the skewness of the counts."""
-    from scipy.stats import skew  # imported here, like sklearn below, because the import takes a second
+    """Count for each candidate how many queries have it among their ten nearest; return the skewness of the counts."""
+    from scipy.stats import skew  # importing scipy at the top would slow down every start by a second
 
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)
     counts = torch.zeros(n, dtype=torch.int64, device=candidates.device)

@@ -1,4 +1,4 @@
-"""Embedding health of a run: its distilled sets over the iterations, random real pairs and val, all in one model."""
+"""Health of a run's embeddings: whether its snapshots have collapsed, compared with random real pairs and val."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,11 +30,11 @@ def health_report(
     chunk: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Return the content of `health.json`: one row of statistics per set, and warnings about the last set.
+    """Return the content of `health.json`: one row of statistics per snapshot, and warnings about the last.
 
-    `sets` lists the snapshots, oldest first: the iteration of each phase, and the subsets of all phases, which are
-    treated as one set. The last snapshot is compared with the same number of random pairs, the first ones of draw 0 of
-    the random-pairs baseline. `seed` is the seed of the evaluation.
+    `sets` lists the snapshots, oldest first. A snapshot holds the iteration of each phase and the subsets of all
+    phases, whose pairs are pooled. Reference values for the last snapshot come from the first pairs of draw 0 of the
+    random-pairs baseline, as many as the snapshot has. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 

@@ -61,7 +61,7 @@ class Job:
     loss: str = ""
     lr: float = 0.0
     augment: str = ""
-    """Name of the students' augmentation, for the kinds own, soft_tune and soft; empty: that of the run."""
+    """Name of the students' augmentation, for the kinds own, soft_tune and soft; empty: the run's augmentation."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Job:
 
 
 def check_split_is_open(job: Job | None, split: str) -> str:
-    """Return `split` if `job` may read it. Raise `TestIsClosed` if a job that chooses on val asks for test."""
+    """Return `split` if `job` may read it. Raise `TestIsClosed` for test if `job` makes a choice on val."""
     if split == "test" and job is not None and job.kind in SELECTION_KINDS:
         raise TestIsClosed(f"{job.name} chooses a snapshot or setting, so it must not read test; score it on val")
     return split
@@ -124,12 +124,12 @@ class StudentProtocol:
 
     @property
     def reference(self) -> Reference | None:
-        """The released protocol of a paper by which the distilled set is also scored, or None."""
+        """The protocol of a paper's released code by which the distilled set is scored in addition, or None."""
         return reference_of(self.rule, self.method, self.loss, self.temperature)
 
     @property
     def updates(self) -> int:
-        """Number of SGD steps of a student of the distilled set; students of random pairs take as many steps."""
+        """Number of SGD steps of a student of the distilled set; students of random pairs take equally many."""
         return updates(self.rule, self.phase_pairs)
 
 
@@ -157,14 +157,14 @@ def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> l
 
 
 def with_hard_labels(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
-    """Return `pairs` with identity similarity and the given learning rates, to score images and texts alone."""
+    """Return `pairs` with identity similarity and the given learning rates, to score only images and texts."""
     return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
 def soft_pairs(
     protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
 ) -> TrainingPairs:
-    """Return random real pairs, with the similarity S = sigmoid(cosine / temperature) if the distilled set has one.
+    """Return random real pairs, with similarity sigmoid(cosine / temperature) if the distilled set has a similarity.
 
     `teacher`, an expert after its last epoch, computes the cosines.
     """
@@ -181,8 +181,8 @@ def soft_pairs(
 def final_jobs(protocol: StudentProtocol, loss: str, lr: float, experts: Sequence[int]) -> list[Job]:
     """Return the jobs whose scores are reported: student, reference, baseline and full.
 
-    `loss` and `lr` are those of the random-pairs baseline, chosen on val. `experts` are the numbers of the experts that
-    are scored as students of all pairs.
+    `loss` and `lr` are those of the random-pairs baseline, chosen on val. `experts` are the indices of the experts that
+    are scored as students trained on all pairs.
     """
     rule, reference = protocol.rule, protocol.reference
     jobs = [Job("student", i) for i in range(rule.students)]
@@ -250,7 +250,7 @@ def train_and_score(
             return record | {"test_best_reference": (best if reference.reported == "best" else curve[-1])["test"]}
         finished(model)
         return record | _scored(job, model, val, test, device, rule.chunk, on_ranks)
-    except Diverged as error:  # training diverged, or the embeddings to score collapsed
+    except Diverged as error:  # the training diverged, or embeddings of the trained model collapsed
         return record | _diverged(job, error, test, on_ranks)
 
 
@@ -264,7 +264,7 @@ def score_expert(
     *,
     on_ranks: Callable[[Ranks], object] = lambda ranks: None,
 ) -> dict[str, Any]:
-    """Score one expert after its last epoch, as a student of all pairs; return a record with the scores."""
+    """Score one expert after its last epoch, as a student trained on all pairs; return a record with the scores."""
     try:
         scores = _scored(job, model.to(device), val, test, device, chunk, on_ranks)
     except Diverged as error:
@@ -333,7 +333,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Return mean, sample standard deviation (None for one record) and count of each metric of the section `key`."""
+    """Return mean, sample standard deviation (None for one record) and count of each metric in the section `key`."""
     rows = [r[key] for r in records]
     return {
         metric: {

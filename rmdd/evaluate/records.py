@@ -39,7 +39,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path, value: str) -> dict[str, Any] | None:
-    """Return the record at `path` with its test scores; None if a file is missing or has another hash than `value`."""
+    """Return the record at `path` with its test scores; None if a file is missing or its hash differs from `value`."""
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path)
@@ -57,7 +57,7 @@ def _is_of_test(key: str, value: Any) -> bool:
 
 
 def verify(record: Path, check: DiskCheck, again: str = "run again") -> None:
-    """Check that the file `record` can be read as JSON; `again` names the command that creates the file again."""
+    """Check that the file `record` can be read as JSON; `again` is the command that recreates a damaged file."""
     check.json(record, f"delete it and {again} to create it again")
 
 

@@ -1,11 +1,11 @@
 """How the released code of each paper trains and scores students, reproduced with its mistakes.
 
-`evaluate.reference` selects one protocol. The score by it, `test_best_reference`, is only for comparison with the
+`evaluate.reference` selects one protocol. The score of this protocol, `test_best_reference`, is only compared with the
 paper's tables and never used for a choice. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
 passes for E = 100.
 
-All protocols use SGD, an image tower that starts from the same weights, new heads, temperature 0.07 whatever the set
-was distilled with, and the test split.
+All protocols use SGD, an image tower that starts from the same weights, new heads, temperature 0.07 even if the set was
+distilled with a different one, and the test split.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Reference:
     first: int
     """Number of passes before students are scored for the first time."""
     reported: Literal["best", "last"]
-    """Scoring that the paper reports: the last, or the best, which has the highest R@mean on the reported split."""
+    """Which of several scorings the paper reports: the last, or the best (the one with the highest R@mean)."""
     students: int
     temperature: float = TEMPERATURE
 
@@ -143,8 +143,8 @@ def reference_of(rule: config.Evaluate, method: str, loss: str, temperature: flo
 
     A protocol chosen by name is reproduced as coded. `auto` takes the protocol of the run's method, but with the run's
     own batch, momentum, weight decay, number of students and, if rates are learned, loss and temperature. In presets
-    named after a paper both choices give the same protocol, because they set the paper's values. Small runs need their
-    own values: students would diverge with momentum if the set's learning rates were learned without momentum.
+    named after a paper both choices give the same protocol, because these presets set the paper's values. Small runs
+    need values of their own: students with momentum would diverge with learning rates learned without momentum.
     """
     if rule.reference == "none":
         return None

@@ -204,7 +204,7 @@ def _ranks(
         index_qP = positives_QP[start : start + chunk]
         positive_qP = score_qC.gather(1, index_qP)
         best_q1 = positive_qP.amax(1, keepdim=True)
-        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # because an int64 sum is three times slower
+        above = (score_qC > best_q1).sum(1, dtype=torch.int32).long()  # an int64 sum would be three times slower
         level = (score_qC >= best_q1).sum(1, dtype=torch.int32).long() - above
         repeats = torch.zeros_like(index_qP, dtype=torch.bool)
         repeats[:, 1:] = index_qP[:, 1:] == index_qP[:, :-1]
@@ -259,8 +259,8 @@ def _normalised(rows: Tensor, modality: str) -> Tensor:
         largest = part.abs().amax(1, keepdim=True)
         infinite += int((~largest.isfinite()).sum())
         zero += int((largest == 0).sum())
-        torch.div(part, largest, out=out)  # scaled by its largest entry, so that the norm cannot underflow
-        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # adding 0 turns -0 into 0, which has other bits
+        torch.div(part, largest, out=out)  # scaling by the largest entry keeps the norm from underflow
+        out.div_(out.norm(dim=1, keepdim=True)).add_(0.0)  # adding 0 turns -0 into 0: equal rows get equal bits
     if infinite or zero:
         raise ValueError(
             f"of {len(rows)} {modality} embeddings {infinite} are not finite and {zero} are zero: the model has "

@@ -10,8 +10,8 @@ test, as fractions, after the last pass of students trained by our protocol:
 
     LRS = f(w IOR - (1 - w) HLR),  ARS = f(g aug + (1 - g) noaug),  f(a) = 100 (e^a - e^-1) / (e - e^-1)
 
-IOR above 0 means that the set is better than random pairs trained in the same way. `evaluation.json` gives HLR and IOR
-in percentage points, with intervals over the images of test. f is defined for differences of fractions, from -1 to 1.
+If IOR is above 0, the set is better than random pairs with the same settings. `evaluation.json` gives HLR and IOR in
+percentage points, with intervals over the images of test. f is defined for differences of fractions, from -1 to 1.
 """
 
 import math
@@ -45,12 +45,12 @@ def lrs(hlr: float, ior: float, w: float = W) -> float:
 
 
 def ars(aug: float, noaug: float, gamma: float = GAMMA) -> float:
-    """Return the augmentation-robust score ARS (0 to 100); `aug` and `noaug` are IOR with and without augmentation."""
+    """Return the augmentation-robust score ARS (0 to 100); `aug`, `noaug`: the IOR with and without augmentation."""
     return scaled(gamma * aug + (1 - gamma) * noaug)
 
 
 def augmentations(augment: str) -> tuple[str, str]:
-    """Return the names of the augmentations of augmented and of unaugmented students; the run uses `augment`."""
+    """Return the augmentation of augmented and of unaugmented students, if the run sets the augmentation `augment`."""
     return (AUGMENT if augment == "none" else augment), "none"
 
 

@@ -54,13 +54,13 @@ class StudentSchedule:
     chain: bool = False
     """True: all subsets share one optimiser with its momentum, and the learning rates drop only in the first subset."""
     rates: Literal["own", "last"] = "own"
-    """own: each subset is trained with its own learned learning rates; last: all subsets use those of the last one."""
+    """own: each subset is trained with its own learned learning rates; last: all use the rates of the last subset."""
     text_rate: Literal["own", "image"] = "own"
     """own: the text head has its own learning rate; image: the text head uses the learning rate of the image tower."""
     batches: Literal["drawn", "cut", "cut_full"] = "drawn"
-    """How a pass over M pairs is split into batches of B. drawn: ceil(M / B) independent draws of B pairs, as in
-    released code with a similarity; cut: the pairs are shuffled and cut into batches, the last one shorter; cut_full:
-    as cut, but a shorter last batch is left out."""
+    """How a pass over M pairs is split into batches of B. drawn: ceil(M / B) independent draws of B pairs, as in the
+    released code of methods that learn a similarity; cut: the pairs are shuffled and cut into batches, the last one
+    shorter; cut_full: as cut, but a shorter last batch is left out."""
     augment: str = "none"
     """Name of the image augmentation (see `rmdd.evaluate.augment`), or none."""
     trains: Literal["all", "heads", "text head"] = "all"
@@ -87,7 +87,7 @@ class StudentSchedule:
         )
 
     def on(self, mean: Sequence[float], std: Sequence[float]) -> "StudentSchedule":
-        """Return the same schedule for images that were normalised with this pixel mean and standard deviation."""
+        """Return a copy of this schedule for images normalised with the given pixel mean and standard deviation."""
         return replace(self, mean=tuple(mean), std=tuple(std))
 
 
@@ -97,7 +97,7 @@ def score(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chu
 
 
 def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Ranks:
-    """Return the retrieval ranks of all queries of a split. `model` runs in eval mode and gets its old mode back.
+    """Return the retrieval ranks of all queries of a split. The earlier train or eval mode of `model` is restored.
 
     Raise `Diverged` if embeddings are zero or not finite.
     """

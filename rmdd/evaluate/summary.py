@@ -53,7 +53,7 @@ def choices_section(
     baseline: tuple[str, float],
     tried: Mapping[tuple[str, float], float],
 ) -> dict[str, Any]:
-    """Return what was chosen on val: the snapshot of the set, and loss and learning rate of the baseline.
+    """Return what was chosen on val: the set's snapshot, and loss and learning rate of the random-pairs baseline.
 
     `curve` maps snapshots, and `tried` maps (loss, learning rate), to their mean R@mean on val.
     """
@@ -81,7 +81,7 @@ def further_sections(
     ranks: Mapping[Job, Ranks],
     size: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return further sections of `evaluation.json`: `certainty`, `size` and, if one was scored, `reference`."""
+    """Return the sections `certainty`, `size` and, if a reference protocol was scored, `reference`."""
     of_rows = {row or method: [r for job, r in ranks.items() if job.kind == kind] for row, kind in ROWS.items()}
     sections = {"certainty": certainty(of_rows), "size": dict(size)}
     reference_records = [record for job, record in rows if job.kind == "reference"]
@@ -127,7 +127,7 @@ def reference_section(
 
 
 def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, Any]:
-    """Return how many numbers the set holds, including similarity and learning rates, and their float32 bytes."""
+    """Return how many numbers the set holds, including similarity and learning rates, and their bytes as float32."""
     pairs = [p.pairs for p in rule.phases]
     numbers = budget.cost(pairs, stored_size, text_width, rule.similarity.kind, rule.similarity.rank)
     return {
@@ -141,7 +141,7 @@ def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, A
 def measured_cost(
     runtime: config.Runtime, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the measured cost, which varies between runs: seconds per iteration, hours, GPU-hours, bytes of experts.
+    """Return the measured cost: seconds per iteration, hours, GPU-hours, bytes of experts. Repeated runs differ in it.
 
     `distill_gpu_hours` counts the GPUs of one worker during each iteration. `gpu_hours` counts all GPUs of the run
     during all steps (ingest, experts, distill ...), busy or idle.

@@ -1,4 +1,4 @@
-"""Files of training pairs from outside the run, for comparisons: other distilled sets and subsets of real pairs.
+"""Files of training pairs for comparisons, from outside the run: distilled sets of other runs, and coresets.
 
 The name of a file is a hash of its content. `.safetensors` files hold learned pairs (see `rmdd.distill.sets`) with the
 full similarity matrix; `.json` files list caption records of the train split.
@@ -72,6 +72,6 @@ def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], 
 
 
 def real_pairs(train: PreparedSplit, records: list[int], lr: float) -> TrainingPairs:
-    """Return the real pairs of the captions `records`, with identity similarity; `lr` is the rate of both towers."""
+    """Return the real pairs of the captions `records`, with identity similarity; `lr` is the learning rate of both."""
     images = train.pictures(train.split.image_of[records])
     return TrainingPairs(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

@@ -41,7 +41,7 @@ def tiny(storage, **sections):
 
 @pytest.fixture(scope="session")
 def two_runs(tmp_path_factory):
-    """Return the folder of a storage with two finished runs."""
+    """Fixture: the folder of a storage with two finished runs."""
     storage = tmp_path_factory.mktemp("made") / "runs"
     for sections in ({}, OTHER):
         rmdd.run(config.load(tiny(storage, **sections)), QUIET)
@@ -50,7 +50,7 @@ def two_runs(tmp_path_factory):
 
 @pytest.fixture
 def storage(two_runs, tmp_path):
-    """Return a copy of the storage `two_runs` that a test may change."""
+    """Fixture: a copy of the storage `two_runs` that a test may change."""
     return shutil.copytree(two_runs, tmp_path / "runs")
 
 
@@ -59,7 +59,7 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red green blue yellow circle squar
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """Return the folder of a small BERT with random weights, which transformers can load."""
+    """Fixture: the folder of a small BERT with random weights, which transformers can load."""
     folder = tmp_path_factory.mktemp("encoder") / "bert"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS))

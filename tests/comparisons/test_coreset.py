@@ -46,13 +46,13 @@ def run_of(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def vectors():
-    """Return the random generator that draws the features of images and captions."""
+    """Fixture: the random generator that draws the features of images and captions."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory, vectors):
-    """Return a storage whose folder `columns` is a dataset with feature columns for images and captions."""
+    """Fixture: a storage whose folder `columns` is a dataset with feature columns for images and captions."""
     folder = tmp_path_factory.mktemp("runs")
     with_columns = folder / "columns"
     from rmdd.pipeline import open_pipeline
@@ -92,7 +92,7 @@ def train(run):
 
 @pytest.fixture(scope="module")
 def columns(run):
-    """Return the image features (N, D), and for each image the text features of its captions."""
+    """Fixture: the image features (N, D), and for each image the text features of its captions."""
     table = pq.read_table(min(Dataset.open(run.data.root).path.glob("train-*")))
     return np.array(table.column("image.clip").to_pylist()), [
         np.array(t) for t in table.column("text.clip").to_pylist()

@@ -24,7 +24,7 @@ IMAGES = ("test_resnet", "test_nfnet", "test_efficientnet", "test_vit")
 
 @pytest.fixture(scope="module")
 def transferred(two_runs, bert, tmp_path_factory):
-    """Return the transfer of a set to four timm towers, another text encoder, and both at once, with random pairs."""
+    """Fixture: a transfer of a set to four timm towers, another text encoder, and both at once, with random pairs."""
     import shutil
 
     storage = shutil.copytree(two_runs, tmp_path_factory.mktemp("transfer") / "runs")

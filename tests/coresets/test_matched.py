@@ -66,7 +66,7 @@ def test_clusters_that_agree_are_matched_completely():
 
 @pytest.mark.parametrize("k", [0, 1, 2, 11, 12])
 def test_clusters_without_a_common_row_give_an_unchosen_row(k):
-    image = np.repeat(slow.unit_rows(3, WIDTH, 4), 4, axis=0)  # so most matched clusters have no common row
+    image = np.repeat(slow.unit_rows(3, WIDTH, 4), 4, axis=0)  # most matched clusters have no common row
     rows = np.concatenate([image, slow.unit_rows(12, 3, 5)], axis=1)
     chosen, statistics = matched(split_rows(Rows.of(rows), 2), k, 0, WIDTH)
     assert len(set(chosen)) == len(chosen) == k and set(chosen) <= set(range(12))

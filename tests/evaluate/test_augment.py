@@ -1,4 +1,4 @@
-"""Tests that augmentations for students draw reproducibly, and of the effect of each transform."""
+"""Tests that the augmentations of students are reproducible and that each transform has the right effect."""
 
 import pytest
 import torch

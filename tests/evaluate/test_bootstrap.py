@@ -1,4 +1,4 @@
-"""Tests that compare bootstrap intervals with a loop over captions, and of how often they cover the true value."""
+"""Tests that compare bootstrap intervals with a loop over captions and count how often they cover the true value."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_95_percent_intervals_cover_the_true_value_in_95_percent_of_cases():
     g = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(300):
-        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # probability that a caption of an image is a hit
+        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # for each image: how likely a caption is a hit
         miss = torch.rand(80, 5, generator=g) > rate
         result = interval(
             [Ranks(50 * miss.flatten(), torch.zeros(80, dtype=torch.int64), torch.arange(80).repeat_interleave(5))],

@@ -1,4 +1,4 @@
-"""Tests that compare embedding health statistics with slow loops, and that use extreme inputs."""
+"""Tests of the statistics of embedding health: equal results of a slow implementation, and extreme inputs."""
 
 import itertools
 import math

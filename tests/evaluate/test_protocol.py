@@ -88,7 +88,7 @@ def training_pairs(run, number=2, lr=0.05):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Return a list to which every scoring adds the name of the scored split, val or test."""
+    """Fixture: a list to which every scoring adds the name of the scored split, val or test."""
     splits = []
 
     def counted(name):

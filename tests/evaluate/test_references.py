@@ -61,7 +61,7 @@ def training_pairs():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Record what a protocol does: batch size and learning rates of each step, scorings, losses and augmentations."""
+    """Fixture: record the batches and learning rates of a protocol's steps, the scorings, losses and augmentations."""
     log = SimpleNamespace(steps=[], optimisers=[], scored=[], losses=Counter(), targets=[], views=Counter(), model=None)
 
     class Recorded(torch.optim.SGD):

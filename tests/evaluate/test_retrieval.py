@@ -1,4 +1,4 @@
-"""Tests that compare ranks and recalls with double loops, and of ties, chance levels and invalid input."""
+"""Tests of ranks and recalls against double loops, with ties, at chance level and for invalid input."""
 
 import math
 from itertools import permutations
@@ -82,7 +82,7 @@ def test_golden_example():
     result = recalls_from_scores(GOLDEN, GOLDEN_OF, (1, 2, 3, 5))
     assert result.tr == pytest.approx({1: 100 / 3, 2: 100 / 3, 3: 200 / 3, 5: 100})
     assert result.ir == pytest.approx({1: 0, 2: 100 / 3, 3: 100, 5: 100})
-    assert result.gap == pytest.approx(100 / 6)  # the gain of IR@1 (16.67 instead of 0) and IR@2 if ties were hits
+    assert result.gap == pytest.approx(100 / 6)  # IR@1 would gain 16.67 if ties were hits
 
 
 def test_a_tied_positive_of_the_same_image_does_not_hurt():
@@ -249,7 +249,7 @@ def test_the_expected_recall_of_constant_scores_is_chance(counts):
 
 
 def test_chance_on_the_published_galleries():
-    """Check the splits test and val of Flickr30k, and COCO with 5,000 images, ten of which have six captions."""
+    """Check `chance` for test and val of Flickr30k, and for COCO with 5,000 images, ten of which have six captions."""
     flickr = chance(torch.arange(1000).repeat_interleave(5))
     assert [round(v, 3) for v in (*flickr.ir.values(), *flickr.tr.values())] == [0.1, 0.5, 1.0, 0.1, 0.499, 0.996]
     val = chance(torch.arange(1014).repeat_interleave(5))
@@ -309,7 +309,7 @@ def test_collapsed_and_duplicate_embeddings_never_score_above_chance(case):
             limit = by_chance[metric]
         elif (
             "collapsed" in name and metric != "R@mean"
-        ):  # all queries rank the candidates equally, and the first K of them belong to K images
+        ):  # all queries rank the candidates equally, and the first K candidates belong to K images
             limit = 100 * int(metric.partition("@")[2]) / 60 + 1e-9
         else:
             limit = by_chance[metric] + spread[metric]

@@ -1,4 +1,4 @@
-"""Tests that compare the training of students with a slow loop, and of schedule options, divergence and scoring."""
+"""Tests of student training against a slow loop, of schedule options, of diverging students and of scoring."""
 
 import math
 from dataclasses import replace

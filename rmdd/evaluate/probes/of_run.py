@@ -48,7 +48,7 @@ PROBED_KINDS = ("student", "baseline", "full")
 PROBE_MODULES: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
 RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
 CHECKED_IMAGES = 64
-"""Number of a probe's images of which at least one must exist before a run starts."""
+"""Number of images per probe that are looked for before a run starts; at least one of them must exist."""
 
 _UNCHANGED = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
 
@@ -208,8 +208,8 @@ def probe(
 class StudentProbes:
     """The probe scores of one student: read from disk if saved, otherwise computed by `score_missing`.
 
-    `record` is the path of the student's record and `value` the hash of its settings. Students that only choose a
-    setting on val have no probe scores.
+    `record` is the path of the student's record and `value` the hash of the student's settings. Students that only
+    choose a setting on val have no probe scores.
     """
 
     def __init__(self, run: config.Run, job: Job, record: Path, value: str, storage: Storage):
@@ -269,7 +269,7 @@ class StudentProbes:
 
 
 def remarks(name: str, facts: dict[str, Any]) -> list[str]:
-    """Return lines of text about a probe's data: number of images, images left out, overlap with train, and doubts."""
+    """Return lines of text about a probe's data: images used, images left out, overlap with train, and warnings."""
     lines = [f"probe {name}: {facts['pictures']} images"]
     if rejected := facts["quarantine"]:
         lines.append(f"probe {name}: left out {', '.join(f'{n} {reason}' for reason, n in rejected.items())}")
@@ -288,7 +288,7 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
 def _questions(
     captions: config.Captions, probe: Probe, data: Any, split: Split, trained_on: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the part of a probe that decides its scores (such as classes and prompts), and the reported facts."""
+    """Return the content of a probe that decides its scores (such as classes and prompts), and the facts to report."""
     if isinstance(probe, config.ZeroShot):
         questions = zero_shot.task_of(probe, data, captions, split)
         return questions, zero_shot.facts(questions)

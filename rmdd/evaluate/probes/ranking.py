@@ -1,4 +1,4 @@
-"""Functions shared by the probes: embed images and texts, and rank the correct candidate.
+"""Functions shared by the probes: embed images and texts, and compute the rank of the correct candidate.
 
 Letters in shapes: N queries, C candidates, T texts, F text feature width, D joint width.
 """
@@ -16,7 +16,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import Constants
 
 TOLERANCE = 1e-6
-"""Two cosines that differ by less count as a tie, because rounding differs with the position of a candidate."""
+"""Two cosines that differ by less than this count as a tie, because rounding depends on a candidate's position."""
 
 TEXTS = 8192
 """Number of texts that go through the text head of the model at once."""

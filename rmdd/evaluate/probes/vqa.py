@@ -2,7 +2,7 @@
 
 Candidates are all distinct answers of COCO-QA. A student may guess an answer from the question without looking
 at the image, so two baselines are reported: `blind`, the same student with all images replaced by their mean embedding,
-and `majority`, the most frequent train answers to that type of question.
+and `majority`, the most frequent train answers to questions of the same type.
 Letters in shapes: Q distinct questions, A answers, N (question, image) pairs, I images, D joint width.
 """
 
@@ -38,7 +38,7 @@ def task_of(
     """Return the content of the probe: distinct questions, candidate answers, and triples (question, image, answer).
 
     `captions` holds the run's settings for caption cleaning; `trained_on` names the images of the distilled dataset, if
-    known. The indices of probe images with such a name are listed under `seen`.
+    known. The indices of probe images that are in the distilled dataset are listed under `seen`.
     """
     train, test = cocoqa.read(data, "train"), cocoqa.sampled_questions(data)
     image_of = {pair_id: i for i, pair_id in enumerate(split.pair_ids)}
@@ -63,14 +63,14 @@ def task_of(
 
 
 def picture(pair_id: str) -> str:
-    """Return one name for a COCO image in the 2014 and 2017 releases; return the id of any other image unchanged."""
+    """Map the ids of a COCO image in the 2014 and 2017 releases to one name; keep the ids of non-COCO images."""
     name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
     return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return ACC@K, in total and per question type, of giving the answers most frequent in train for that type."""
+    """Return ACC@K, in total and per question type, if questions get the most frequent train answers of their type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1

@@ -70,7 +70,7 @@ TOGETHER = 4096
 
 
 def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return prompt templates: a list by name, the lines of a text file, or the given templates themselves.
+    """Return prompt templates: those of a named list, the lines of a text file, or the templates passed as a list.
 
     Raise `ValueError` for an unknown name or file, and for a template without {}.
     """
@@ -136,7 +136,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> list[list[str]]:
-    """Return the prompts of all classes, which must be embedded, as a list with one block."""
+    """Return the sentences to embed, the prompts of all classes, as a list with one block."""
     return [[prompt for prompts in task["prompts"] for prompt in prompts]]
 
 
@@ -155,7 +155,7 @@ def score(
     chunk: int,
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """Return ACC@K in percent of `model`, in eval mode. Raise `Diverged` if the embeddings of the model collapsed."""
+    """Return ACC@K in percent; `model` must be in eval mode. Raise `Diverged` if the model's embeddings collapsed."""
     texts_PD = ranking.embed_texts(model, embed(sentences(task)[0]), device)
     means = [part.mean(0) for part in texts_PD.split([len(prompts) for prompts in task["prompts"]])]
     prototypes_CD = F.normalize(torch.stack(means), dim=1)

@@ -49,7 +49,7 @@ def test_missing_files_of_a_probe_are_reported_before_any_work(tmp_path, word):
 
 @pytest.fixture(scope="module")
 def formats_(tmp_path_factory):
-    """Write generated probe data in the file formats of published datasets; return the folder."""
+    """Fixture: a folder of generated probe data in the file formats of published datasets."""
     root = tmp_path_factory.mktemp("formats")
     formats.class_folders(root / "in", ["n01", "n02", "n03"])
     (root / "in" / "map.txt").write_text("n01 tench\nn02 crane\nn03 kite, hawk\n")
@@ -82,7 +82,7 @@ def files(folder, pattern):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, formats_):
-    """Execute all steps of a run with probes; return the storage and the result of the run."""
+    """Fixture: the storage and the result of a complete run with probes."""
     storage = tmp_path_factory.mktemp("finished")
     return storage, go(run_of(storage, asked_of(formats_)), "all")
 

@@ -1,4 +1,4 @@
-"""Tests that compare probes with slow versions and with chance levels of random towers, and of invalid settings."""
+"""Tests of probe scores against slow implementations and chance levels of random towers, and of invalid settings."""
 
 import json
 import statistics
@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Return a small dataset of drawn images, from which a set could be distilled."""
+    """Fixture: a small dataset of drawn images that serves as the distilled dataset."""
     return ingest(run_of("unused", {}).data, tmp_path_factory.mktemp("train") / "scenes")
 
 
 @pytest.fixture
 def ready(tmp_path, train):
-    """Return a function that prepares a probe under the name `p` and returns the run and the reported facts."""
+    """Fixture: a function that prepares a probe named `p` and returns the run and the facts to report."""
 
     def make(probe, dataset=train, **data):
         run = run_of(tmp_path / "runs", {"p": probe}, **data)
@@ -73,7 +73,7 @@ def test_zero_shot_equals_a_slow_version(tmp_path, ready):
     probe = zero_shot_probe(tmp_path / "in", {"names": "names.txt", "synonyms": True}, templates="seven", ks=[1, 2, 4])
     run, facts = ready(probe)
     model = tower(run)
-    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # class names as caption cleaning changes them
+    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # the class names after caption cleaning
     prototypes = []
     for each in names:
         lines = [t.replace("{}", name).replace(".", " ").strip() for name in each for t in zero_shot.TEMPLATES["seven"]]
@@ -197,7 +197,7 @@ def test_random_towers_answer_by_chance(tmp_path, ready):
 def test_random_towers_retrieve_by_chance(tmp_path, ready):
     letters = np.random.default_rng(0)
 
-    def random_caption(image, n):  # random letters, because similar captions of an image would get similar ranks
+    def random_caption(image, n):  # similar captions of an image would get similar ranks
         return bytes(letters.integers(97, 123, 30, dtype=np.uint8)).decode()
 
     formats.textcaps(tmp_path, "val", [f"{i:016x}" for i in range(30)], say=random_caption)
