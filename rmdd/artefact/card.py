@@ -53,7 +53,7 @@ def preview(distilled: DistilledSet) -> Image.Image:
 
 
 def script(distilled: DistilledSet) -> str:
-    """Return a script that trains a small dual encoder on the saved set without rmdd, run in the set's folder."""
+    """Return a script that trains a small dual encoder on the saved set without rmdd; start it in the set's folder."""
     subset = distilled.subsets[0]
     size = distilled.image_size
     flat = 64 * math.ceil(size / 8) ** 2
@@ -131,7 +131,7 @@ def text(distilled: DistilledSet) -> str:
 
 
 def _results(distilled: DistilledSet) -> str:
-    """Return a Markdown table of retrieval scores, followed by a table of all other recorded scores."""
+    """Return a Markdown table of retrieval scores, followed by a table of the remaining recorded scores."""
     data = distilled.provenance.get("data")
     pairs = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
     labels = {

@@ -45,9 +45,9 @@ class Subset:
     alpha: float  # for a low-rank similarity S = diag(scale) + alpha/R left right^T
     lr_image: float  # learned SGD learning rate of the image tower
     lr_text: float  # learned SGD learning rate of the text tower
-    captions: Sequence[str]  # for each pair, the real caption nearest to its text embedding
-    source_ids: Sequence[str]  # for each pair, the pair_id of the real pair that it started from
-    captions_before: Sequence[str] = ()  # for each pair, the caption that it started from; empty if unknown
+    captions: Sequence[str]  # the real caption nearest to each pair's text embedding
+    source_ids: Sequence[str]  # `pair_id` of the real pair that each pair started from
+    captions_before: Sequence[str] = ()  # the caption that each pair started from; empty if unknown
 
     def __post_init__(self) -> None:
         m = len(self.images)
@@ -104,11 +104,11 @@ class DistilledSet:
     subsets: tuple[Subset, ...]
     mean: Sequence[float]  # per channel: pixels in [0, 1] = image * std + mean
     std: Sequence[float]
-    model: dict[str, Any]  # encoders, projections, temperature, identity of the text encoder
+    model: dict[str, Any]  # describes the encoders, the projections and the temperature
     method: str
     loss: str
     config: dict[str, Any]
-    image_size: int = 0  # side in pixels of the images for the image tower; 0: as stored
+    image_size: int = 0  # images are enlarged to this side in pixels; 0: as stored
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -208,7 +208,7 @@ class DistilledSet:
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
-        """Load a saved set. Raises `ValueError` for a missing or altered file or another schema version."""
+        """Load a saved set. Raises `ValueError` for a missing or altered file or a different schema version."""
         path = Path(path)
         info = _read_description(path)
         try:

@@ -1,1 +1,1 @@
-"""Comparisons of sets under one protocol, transfer of a set to other towers, coresets, and published results."""
+"""Comparisons of sets under one protocol, transfer of a set to different towers, coresets, and published results."""

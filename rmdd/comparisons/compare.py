@@ -187,8 +187,8 @@ def compare(
 
     A set is the folder of a distilled set or of its run, or a safetensors file; a subset is a folder with
     `subset.json`. `source` gives the protocol and the data in a form that `config.load` accepts; by default they are
-    those of the first set's run. `against` names the row that all others are compared with (default: `random`, else the
-    first row). `reencode` embeds the captions of sets with a different text encoder again.
+    those of the first set's run. `against` names the row that all other rows are compared with (default: `random`, else
+    the first row). `reencode` embeds the captions of sets with a different text encoder again.
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP
 

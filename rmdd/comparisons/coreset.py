@@ -118,7 +118,7 @@ class Picks:
 
 
 class Selection:
-    """Selects one coreset: computes features, picks items (images or captions), and writes the subset folder."""
+    """The selection of one coreset: features, picked items (images or caption records), and the subset folder."""
 
     def __init__(self, pipeline: "Pipeline", choice: Choice, train: PreparedSplit):
         self.pipeline, self.choice, self.train, self.run = pipeline, choice, train, pipeline.run
@@ -261,7 +261,7 @@ class Selection:
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
 
     def take(self, order: Iterator[int]) -> list[int]:
-        """Take items from `order` up to the requested pairs or bytes. Raises `ValueError` if `order` has too few."""
+        """Take items from `order` up to the requested pairs or bytes. Raises `ValueError` if `order` is too short."""
         choice = self.choice
         if choice.bytes is not None:
             record_of = self.items.record_of
@@ -309,7 +309,7 @@ class Selection:
     def largest(
         self, ranks: WorkerParts, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
     ) -> tuple[list[int], dict[str, Any]]:
-        """Return the selection `of(k)` of k items with the largest k that fits in the requested bytes."""
+        """Return `of(k)`, a selection of k items, for the largest k that fits in the requested bytes."""
         limit = self.choice.bytes or 0
         total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
         k = min(available, max(1, limit * len(self.items) // total))

@@ -79,7 +79,7 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
 
 
 def open_entry(word: str) -> Entry:
-    """Open the entry `[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises `ValueError` for any other text."""
+    """Open the entry `[NAME=]FOLDER`, `random`, `random:N` or `full`. Raises `ValueError` for invalid text."""
     if match := re.fullmatch(r"random(?::([1-9]\d*))?|full", word):
         pairs = int(match[1]) if match[1] else None
         return Entry(word, "full" if word == "full" else "random", word, pairs=pairs, address=word)
@@ -172,8 +172,8 @@ def bare_set(path: Path) -> tuple[DistilledSet, bool]:
 def source_run(entry: Entry) -> dict[str, Any] | None:
     """Return the run file of the run that made a set, as a mapping; None if the set does not record it.
 
-    If the set is in the folder of that run, the mapping has the data and storage of the run. Raises `ValueError` if a
-    release with a different layout wrote that storage.
+    If the set is in the folder of its run, `data.root` and `runtime` come from that folder. Raises `ValueError` if the
+    storage of the run has the layout of a different release.
     """
     if entry.distilled is None or not entry.distilled.config or entry.path is None:
         return None
@@ -241,7 +241,7 @@ def image_tower_words(tower: Mapping[str, Any]) -> str:
 
 
 def check_data(entry: Entry, data_hash: str) -> list[str]:
-    """Return the reason why an entry is not from the dataset with this hash; no check for bare tensors."""
+    """Return the reason why an entry is not from the dataset with this hash; bare tensors pass unchecked."""
     theirs = None
     if entry.distilled is not None:
         data = entry.distilled.provenance.get("data")

@@ -121,7 +121,7 @@ def published(
 
 
 def budgets(dataset: str | None = None) -> list[str]:
-    """Return the budgets in pairs for which results on a dataset (or any) are published; words such as full last."""
+    """Return the budgets in pairs with published results on a dataset (or on any); words such as full come last."""
     sizes = {cell.pairs for cell in cells() if dataset in (None, cell.dataset)}
     return sorted(sizes, key=lambda b: (not b.isdigit(), int(b) if b.isdigit() else 0, b))
 
@@ -139,7 +139,7 @@ def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> ResultTable:
-    """Return published rows as one table: the recalls or, if no row has recalls, all other metrics."""
+    """Return published rows as one table: the recalls or, if no row has recalls, all metrics of the rows."""
     metrics = ["R@mean", *RECALLS]
     if not any(m in row["metrics"] for m in metrics for row in rows):
         metrics = [m for m in UNITS if any(m in row["metrics"] for row in rows)]

@@ -13,7 +13,7 @@ from rmdd.core.layout import locate_file
 
 
 def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
-    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None if it holds neither.
+    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None if there is neither.
 
     Raises `ConfigError` if its distilled sets are missing, and `ValueError` if the storage has a different layout.
     """

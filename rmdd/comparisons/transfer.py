@@ -1,9 +1,8 @@
-"""`rmdd transfer`: train students with other towers on a distilled set (cross-architecture generalisation).
+"""`rmdd transfer`: train students with different towers on a distilled set (cross-architecture generalisation).
 
-Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so for a
-different text encoder the nearest real caption of each embedding (cosine, stored with the set) is embedded again.
-Learned learning rates belong to the towers of the set, so every tower gets a row with learned rates and a row with
-rates chosen on val.
+Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so a
+different encoder embeds the nearest real caption (by cosine, stored with the set) of each embedding. Learned learning
+rates belong to the set's towers, so every tower has two rows: with learned rates and with rates chosen on val.
 """
 
 import statistics
@@ -56,7 +55,7 @@ class TransferResult:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A transfer of one set to other towers, whose arguments were checked."""
+    """A transfer of one distilled set to different towers; its arguments were checked."""
 
     entry: Entry
     run: config.Run
@@ -206,7 +205,7 @@ def target(run: config.Run, word: str) -> config.Run:
     """Return a copy of `run` with different towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`.
 
     Without `@WEIGHTS`, an image tower starts like that of `run`: random with the same seed, or pretrained. Raises
-    `ValueError` if `word` has another form.
+    `ValueError` if `word` has a different form.
     """
     first, joined, second = ("", "+", word[5:]) if word.startswith("text:") else word.partition("+text:")
     name, _, weights = first.partition("@")
@@ -241,7 +240,7 @@ def transfer(
     full: bool = False,
     progress: Progress | None = None,
 ) -> TransferResult:
-    """Train students with other towers on a set, with its learned rates and with rates chosen on val.
+    """Train students with different towers on a set, with its learned rates and with rates chosen on val.
 
     `to` lists towers: `IMAGE[@WEIGHTS]`, `text:ENCODER[@POOLING]`, or both joined by `+`. `source` gives protocol and
     data as in `rmdd.compare`. `random` and `full` add rows for random pairs and for all pairs with every tower.

@@ -19,7 +19,7 @@ from rmdd.data.splits import Split
 
 @dataclass(frozen=True)
 class ByteCosts:
-    """Sizes in bytes of the parts of a split: of every encoded image and of every caption in UTF-8."""
+    """Sizes in bytes of every encoded image and of every caption (in UTF-8) of a split."""
 
     images: Int64[np.ndarray, " N"]
     captions: Int64[np.ndarray, " T"]

@@ -117,7 +117,7 @@ class ForgettingCounts:
         return order[~never[order]] if never_learned == "exclude" else order
 
     def summary(self) -> dict[str, Any]:
-        """Return for a report the share of records never correct, and how many others have 0, 1, 2, ... events."""
+        """Return the share of records never correct, and how many learned ones have 0, 1, 2, ... forgetting events."""
         never = self.learned == 0
         histogram = torch.bincount(self.events[~never].long(), minlength=1).tolist()
         return {"never_learned": float(never.float().mean()), "records_by_events": histogram, **self.facts}
@@ -127,7 +127,7 @@ TENSORS = tuple(f.name for f in fields(ForgettingCounts) if f.name != "facts")
 
 
 def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np.ndarray, " P"]:
-    """Draw the pool of records that all records are scored against; return their numbers in ascending order.
+    """Return in ascending order the numbers of the records drawn for the pool that all records are scored against.
 
     Raises `ValueError` when the pool has fewer than two different images.
     """
@@ -140,7 +140,7 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """Return the margin of each caption record: its cosine minus the best with a different record of the pool.
+    """Return the margin of each caption record: its image-text cosine minus the best cosine with rivals in the pool.
 
     The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
     """
@@ -180,5 +180,5 @@ def _best(
     image: Int[Tensor, " Q"],
     rival_image: Int[Tensor, " P"],
 ) -> Float[Tensor, " Q"]:
-    """Return the best cosine of each query with a rival of another image; `image` and `rival_image` are indices."""
+    """Return the best cosine of each query with a rival of a different image; `image` and `rival_image` are indices."""
     return (queries @ rivals.T).masked_fill(image[:, None] == rival_image, -torch.inf).amax(dim=1)

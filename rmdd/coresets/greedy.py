@@ -63,7 +63,7 @@ def herding(
     """Yield herding picks until no item is left, continuing after the `earlier` picks.
 
     With `explicit`, a pick minimises the distance between `mu` and the mean of all picks; for rows of equal length, the
-    picks are the same with and without.
+    picks are the same with and without `explicit`.
     """
     w, new = mu.copy(), list(earlier)
     for row in rows_of(ranks, new) if new else ():
@@ -75,8 +75,7 @@ def herding(
 
 
 def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> Iterator[Best]:
-    """Yield k-center picks until no item is left, after the picks `earlier`; without `earlier`, the first pick is
-    `first`.
+    """Yield k-center picks until no item is left, after the picks `earlier`, or from `first` on if `earlier` is empty.
 
     The value of a pick is its squared distance to the nearest earlier pick: the squared covering radius of those picks.
     """

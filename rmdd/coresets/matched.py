@@ -40,7 +40,7 @@ def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[li
 
 
 def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
-    """Assign each row a different column so that the sum of these entries is largest (Hungarian method, Kuhn 1955)."""
+    """Assign each row a different column to maximise the sum of the assigned entries (Hungarian method, Kuhn 1955)."""
     from scipy.optimize import linear_sum_assignment
 
     return np.asarray(linear_sum_assignment(overlap, maximize=True)[1], np.int64)

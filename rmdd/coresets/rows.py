@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Rows":
-        """Map the feature files of a folder. Raises `ValueError` if it has none or another schema version."""
+        """Map the feature files of a folder. Raises `ValueError` if it has none or a different schema version."""
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder} holds no features (no {DESCRIPTION}); delete the folder to compute them again")

@@ -100,7 +100,7 @@ class Shard:
         self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
-        """Return those of `ids` whose rows this rank has, and these rows."""
+        """Return the ids among `ids` whose rows this rank has, and the rows."""
         positions = self._positions(ids)
         return self.rows.ids[positions], self.rows.at(positions)
 
@@ -126,7 +126,7 @@ class Shard:
         return search.best
 
     def nearest(self, point: Float64[np.ndarray, " D"], chosen: Ids = ()) -> Best | None:
-        """Mark `chosen` as taken; return the untaken row nearest to `point`, with minus the squared distance."""
+        """Mark `chosen` as taken; return the untaken row x nearest to `point`; its value is -|x - point|^2."""
         self.take(chosen)
         search = _Search(self)
         for where, x in self.rows.chunks(self.chunk):

@@ -144,7 +144,7 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """Write `count` feature rows into `folder`, computed by the encoder of `make`; existing blocks are kept.
+    """Write `count` feature rows into `folder`, computed by the encoder that `make` returns; existing blocks stay.
 
     `stream` runs the encoder on the missing blocks; `identity` describes the encoder in `rows.json`.
     """

@@ -40,7 +40,7 @@ class Coreset:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Coreset":
-        """Load a coreset. Raises `ValueError` when it is missing or damaged, or has another schema version."""
+        """Load a coreset. Raises `ValueError` when it is missing or damaged, or has a different schema version."""
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise ValueError(f"{folder} holds no subset (no {DESCRIPTION}); choose one with `rmdd coreset`")
@@ -58,7 +58,7 @@ class Coreset:
     def rows(self, split: Split) -> list[int]:
         """Return for each chosen pair its caption record in `split`.
 
-        Raises `ValueError` when `split` belongs to another dataset or lacks some of the pairs.
+        Raises `ValueError` when `split` belongs to a different dataset or lacks some of the pairs.
         """
         if split.dataset.hash != self.data_hash:
             raise ValueError(

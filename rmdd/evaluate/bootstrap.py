@@ -25,7 +25,7 @@ METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric over all images of a gallery with its confidence bounds; in percent (a difference: in points)."""
+    """A metric over a gallery with its confidence bounds, in percent; for a difference, in percentage points."""
 
     mean: float
     low: float
@@ -50,7 +50,7 @@ def difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return the bootstrap interval of the mean metric of students `a` minus that of students `b`, on equal draws."""
+    """Return the bootstrap interval of the mean metric of students `a` minus that of `b`, with the same image draws."""
     return differences(a, b, (metric,), draws, seed, level)[metric]
 
 
@@ -94,7 +94,7 @@ def _captions(ranks: Ranks) -> Float[Tensor, " I"]:
 
 
 def _hits(ranks: Sequence[Ranks], metric: str) -> dict[str, Float[Tensor, " I"]]:
-    """Return for each direction (IR, TR) the number of hits of each image, averaged over students and cut-offs K."""
+    """Return for each direction (IR, TR) how many queries of each image are hits, averaged over students and all K."""
     kind, _, k = metric.partition("@")
     if metric != "R@mean" and (kind not in ("IR", "TR") or not k.isdigit() or int(k) < 1):
         raise ValueError(f"unknown metric '{metric}'; available: IR@K, TR@K and R@mean")

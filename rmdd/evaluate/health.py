@@ -79,8 +79,8 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
 def stripes(similarity: Float[Tensor, "M M"]) -> float:
     """Return the share of the variance of a similarity matrix that its row means and column means explain.
 
-    The diagonal is excluded. The share is 1 if an entry depends only on its row or only on its column, which shows as
-    stripes in RepBlend's Figure 1, and 0 for a constant matrix.
+    The diagonal is excluded. The share is 1 if an entry depends only on its row or only on its column (stripes, as in
+    RepBlend's Figure 1), and 0 for a constant matrix.
     """
     m = len(similarity)
     if m < 2:

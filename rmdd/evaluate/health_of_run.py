@@ -30,7 +30,7 @@ def health_report(
     chunk: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Return the content of `health.json`: one row of statistics per snapshot, and warnings about the last.
+    """Return the content of `health.json`: statistics of each snapshot, random pairs and val; and warnings.
 
     `sets` lists the snapshots, oldest first. A snapshot holds the iteration of each phase and the subsets of all
     phases, whose pairs are pooled. Reference values for the last snapshot come from the first pairs of draw 0 of the

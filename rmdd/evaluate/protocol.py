@@ -53,7 +53,7 @@ class TestIsClosed(PermissionError):
 
 @dataclass(frozen=True)
 class Job:
-    """A job: one student to train and score. `index` is the number, from 0, of the student, random draw or expert."""
+    """One student to train and score. `index` is the number, from 0, of the student, random draw or expert."""
 
     kind: Kind
     index: int

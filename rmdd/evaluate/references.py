@@ -23,7 +23,7 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Reference:
-    """One released protocol. For a set with several subsets it does what PTM-ST's code does: all subsets share one
+    """One released protocol. On a set with several subsets, students train as in PTM-ST's code: all subsets share one
     optimiser, one drop of the learning rate, and the learned rates of the last subset."""
 
     name: str

@@ -46,7 +46,7 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank, from 0, of the best correct candidate of every query; candidates that tie with it rank above it."""
+    """The rank, from 0, of the best correct candidate of every query; wrong candidates that tie are ranked above."""
 
     image: Int[Tensor, " T"]
     """For each caption, the rank of its image."""

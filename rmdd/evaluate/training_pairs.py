@@ -72,6 +72,6 @@ def read_pairs(path: Path, image_size: int, train: Callable[[], PreparedSplit], 
 
 
 def real_pairs(train: PreparedSplit, records: list[int], lr: float) -> TrainingPairs:
-    """Return the real pairs of the captions `records`, with identity similarity; `lr` is the learning rate of both."""
+    """Return the real pairs of the captions `records`, with identity similarity; both towers get learning rate `lr`."""
     images = train.pictures(train.split.image_of[records])
     return TrainingPairs(images, torch.tensor(train.texts[records]), torch.eye(len(records)), lr, lr)

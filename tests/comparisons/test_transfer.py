@@ -1,4 +1,4 @@
-"""Tests of `rmdd transfer`: learning rates and texts for other towers, the two tables, and rejected towers."""
+"""Tests of `rmdd transfer`: learning rates and texts for other towers, the two tables, and towers that are rejected."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ IMAGES = ("test_resnet", "test_nfnet", "test_efficientnet", "test_vit")
 
 @pytest.fixture(scope="module")
 def transferred(two_runs, bert, tmp_path_factory):
-    """Fixture: a transfer of a set to four timm towers, another text encoder, and both at once, with random pairs."""
+    """Fixture: a transfer to four timm towers, to a different text encoder, and to both at once, with random pairs."""
     import shutil
 
     storage = shutil.copytree(two_runs, tmp_path_factory.mktemp("transfer") / "runs")

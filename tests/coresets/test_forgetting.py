@@ -27,7 +27,7 @@ EPOCHS = 4
 
 
 def counted(*visits, margins=None):
-    """Return the counts after `visits`, which list the correct records; None leaves a record out of a visit."""
+    """Return the forgetting counts after `visits`; each lists 1 (correct), 0 (wrong) or None (no visit) per record."""
     counts = ForgettingCounts.new(len(visits[0]))
     for epoch, visit in enumerate(visits, 1):
         there = torch.tensor([i for i, v in enumerate(visit) if v is not None], dtype=torch.int64)
@@ -128,7 +128,7 @@ def watched(tmp_path_factory):
 
 
 def lead(model, train, record, pool):
-    """Return the margin of one record over the pool, computed directly from its definition."""
+    """Return the margin of one caption record over the pool, computed directly from the definition of the margin."""
     split = train.split
 
     def image(i):

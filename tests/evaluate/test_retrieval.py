@@ -120,7 +120,7 @@ def test_identical_embeddings_tie_exactly(chunk):
     assert collapsed.mean == 0 and collapsed.gap == 100
     assert recalls(images, same_texts, image_of, chunk=chunk).tr == {1: 0, 5: 0, 10: 0}
     assert recalls(same_images, texts, image_of, chunk=chunk).ir == {1: 0, 5: 0, 10: 0}
-    # A caption of another image equals the captions of image 0, so image 0 must count as a miss at K = 1.
+    # A caption of a different image equals the captions of image 0, so image 0 must count as a miss at K = 1.
     texts = images[image_of] + 0.01 * texts
     twin = int((image_of != image_of[0]).nonzero()[0])
     texts[image_of == image_of[0]] = texts[twin] = images[image_of[0]]

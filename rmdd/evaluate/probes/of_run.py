@@ -43,7 +43,7 @@ VERSION = 1
 """Version of the probe code, part of each probe's hash. Increase it when a change of the code changes scores."""
 
 PROBED_KINDS = ("student", "baseline", "full")
-"""Kinds of jobs whose students are scored on probes; students that only choose a setting on val are not."""
+"""Kinds of jobs whose students are scored on probes; students that only serve to choose a setting on val are not."""
 
 PROBE_MODULES: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
 RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
@@ -54,7 +54,7 @@ _UNCHANGED = config.Captions(lowercase=False, strip_punctuation=False, max_words
 
 
 def data_of(data: config.Data, probe: Probe) -> Any:
-    """Return the data settings of `probe`, with the image size and other view settings of the run's `data`.
+    """Return the data settings of `probe`, with the image size and preprocessing of the run's `data`.
 
     Captions of labelled images are class names and are not cleaned.
     """
@@ -209,7 +209,7 @@ class StudentProbes:
     """The probe scores of one student: read from disk if saved, otherwise computed by `score_missing`.
 
     `record` is the path of the student's record and `value` the hash of the student's settings. Students that only
-    choose a setting on val have no probe scores.
+    serve to choose a setting on val have no probe scores.
     """
 
     def __init__(self, run: config.Run, job: Job, record: Path, value: str, storage: Storage):
@@ -232,7 +232,7 @@ class StudentProbes:
         return [name for name in self.files if name not in self.scores]
 
     def load_student(self) -> DualEncoder | None:
-        """Return the student with its saved weights, or None if the file is missing, damaged or has another hash."""
+        """Return the student with its saved weights, or None if the file is missing, damaged or has a wrong hash."""
         if not self.weights.is_file():
             return None
         try:
