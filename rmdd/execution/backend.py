@@ -51,13 +51,13 @@ class Backend:
 
 @contextlib.contextmanager
 def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
-    """Check that the storage is writable, lock `folders` during the block, and upload log files at its end.
+    """Check that the storage is writable, lock `folders` during the block, and upload log files when the block ends.
 
     Raises `rmdd.core.locks.FolderInUse` if a different process works in one of the folders, and `ValueError` if a
     different version of rmdd wrote the storage with a different layout of folders.
     """
     storage = open_storage(runtime)
-    require_layout(storage)  # check this before `begin` removes temporary files
+    require_layout(storage)  # this check must precede `begin`, which removes temporary files
     storage.begin()
     with contextlib.ExitStack() as stack:
         for folder in folders:
@@ -68,7 +68,7 @@ def hold_folders(runtime: config.Runtime, *folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> Iterator[Backend]:
-    """Open the backend that `runtime` describes. If it is Ray, start Ray here and stop Ray at the end of the block.
+    """Open the backend that `runtime` describes. A Ray backend starts Ray, and stops Ray when the block ends.
 
     Appends a line to the file `events` for each start, death and end of a worker. After `runtime.time_limit` minutes,
     raises `KeyboardInterrupt` in the block.

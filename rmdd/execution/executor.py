@@ -10,7 +10,7 @@ from rmdd.execution.tasks import Failed, ReturnFailures, Task
 
 @dataclass
 class Piece:
-    """One piece of work: an item, the task to run on it, and functions that receive its progress and its result."""
+    """One piece of work: an item, the task to run on it, and functions that receive the task's progress and result."""
 
     task: Task
     item: Any

@@ -13,7 +13,7 @@ from rmdd.execution.tasks import Hooks, Interrupted
 @dataclass
 class SequentialExecutor(Executor):
     """Runs one item after another in this process. After Ctrl-C or SIGTERM the running task saves its checkpoint and
-    stops; a second signal stops it at once. `hooks` receive the reports of all tasks, and can also ask them to stop."""
+    stops; a second signal stops it at once. `hooks` receive the reports of all tasks, and can ask the tasks to stop."""
 
     threads: int = 1
     hooks: Hooks = field(default_factory=Hooks)

@@ -46,7 +46,7 @@ def local_parts(
 
 
 def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """Call `work`; after each `PartLost`, at most `restarts` times, call it again to resume from its checkpoint."""
+    """Call `work`; after each `PartLost`, at most `restarts` times, call it again to resume from a checkpoint."""
     for remaining in reversed(range(restarts + 1)):
         try:
             return work()

@@ -33,7 +33,7 @@ def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
 
 @dataclass
 class _SharedPiece:
-    """Result of a piece of work for which one or more runs of a sweep wait, and the functions that get its progress."""
+    """The result of a piece of work that one or more runs of a sweep need, and the functions that get its progress."""
 
     reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     settled: bool = False

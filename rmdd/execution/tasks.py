@@ -52,7 +52,7 @@ class Failed:
     reason: str
     host: str
     again: bool
-    """Whether to run the item again: True for an error that may not recur, such as too little memory."""
+    """Whether to run the item again: True after an error that may not happen again, such as a lack of memory."""
 
 
 @dataclass(frozen=True)

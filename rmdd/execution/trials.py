@@ -20,7 +20,7 @@ class TrialSource(Protocol):
     """Chooses the trials of a search, and decides after each rung whether the trial continues."""
 
     def ask(self) -> tuple[str, Any] | None:
-        """Return the name of the next trial and the argument of `open_runner` for it; None if there are no more."""
+        """Return the name of the next trial and its argument for `open_runner`; None if no more trials will start."""
         ...
 
     def tell(self, name: str, rung: Values) -> bool:

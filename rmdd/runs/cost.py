@@ -69,7 +69,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and autograd memory of a run's dual encoder. Fields about trajectory matching are 0 for other methods."""
+    """FLOPs and autograd memory of a run's dual encoder. Fields for trajectory matching are 0 in other methods."""
 
     forward: int
     """FLOPs of a forward pass, per pair."""

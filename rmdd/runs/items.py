@@ -24,7 +24,7 @@ from rmdd.runs.paths import RunPaths
 
 @dataclass(frozen=True)
 class ExternalPairs:
-    """Training pairs given to `rmdd compare`, not distilled by the run. Both paths are relative to the storage."""
+    """Training pairs given to `rmdd compare` or `rmdd transfer`. Both paths are relative to the storage."""
 
     file: Path
     """File of the pairs; `rmdd.evaluate.training_pairs` describes the format."""
@@ -39,7 +39,7 @@ class TaskItem:
     run: config.Run
     paths: RunPaths
     value: str
-    """Hash of all settings that change the result of the task; checkpoints with another hash are ignored."""
+    """Hash of all settings that change the result of the task; checkpoints with a different hash are ignored."""
     number: int = 0
     job: Job | None = None
     iterations: tuple[int, ...] = ()

@@ -67,7 +67,7 @@ def dataset_folder(run: config.Run) -> Path:
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
-    """Return the settings that change how one expert is trained; the number of experts is not one of them."""
+    """Return the settings that change how one expert is trained, which leaves out the number of experts."""
     value: dict[str, Any] = run.hashed("experts", "experts")
     return value
 

@@ -1,4 +1,4 @@
-"""`rmdd check`: the steps, folders and estimated cost of a run before it starts. It changes no file."""
+"""`rmdd check`: the steps, folders and estimated cost of a run before it starts. The check changes no file."""
 
 import contextlib
 import os

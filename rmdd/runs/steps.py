@@ -134,7 +134,7 @@ class Steps:
             self.progress.say(f"warning: {message}")
 
     def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
-        """Return the input of the run's tasks with all phases; if none are listed, plan them from the experts."""
+        """Return the input of the run's tasks with all phases; if the run lists none, plan them from the experts."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
@@ -258,7 +258,7 @@ class Steps:
     def map(
         self, title: str, task: Task, items: list[TaskItem], totals: dict[str, int], executor: Mapper | None = None
     ) -> list[Any]:
-        """Run `task` on `items`; return the results in order. `totals` maps each item's name to its amount of work."""
+        """Run `task` on `items`; return the results in their order. `totals` is the amount of work by item name."""
         if not items:
             return []
         with self.progress.stage(title, totals) as update:

@@ -1,4 +1,4 @@
-"""The task that trains and scores one student, or reads its record if the student is finished."""
+"""The task that trains and scores one student, or reads the scores of the student if it is finished."""
 
 from dataclasses import dataclass
 from pathlib import Path

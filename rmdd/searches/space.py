@@ -14,7 +14,7 @@ SECTIONS = ("model", "experts", "distill")
 """Sections of the run file that a trial may change; data and evaluation must be equal to compare scores."""
 
 DRAWS = 48
-"""Number of times that all other fields are drawn to find values with which a doubtful value is valid."""
+"""How often to draw values of all other fields, to find out whether a doubtful value is valid with any of them."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -82,7 +82,7 @@ class Space:
 
     @property
     def trials(self) -> int:
-        """Number of trials to run: `search.trials`, but for a grid at most the number of its combinations."""
+        """Number of trials to run: `search.trials`, but for a grid at most the number of combinations of its values."""
         return min(self.search.trials, len(self.grid())) if self.search.sampler == "grid" else self.search.trials
 
     def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Space:
     def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
         """Return a message for every field with a value that the run file rejects.
 
-        `mistakes_of(values)` returns the mistakes in the run of a trial. It is called for each choice and for both ends
-        of each range. A clash with another field is reported only if no random draw of the other fields is valid.
+        `mistakes_of(values)` returns the mistakes in the run of a trial. It is called for each choice and both ends of
+        each range. A clash with a different field is reported only if no random draw of the other fields is valid.
         """
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
@@ -188,7 +188,7 @@ def _categories(dimension: config.Dimension) -> list[Any]:
 
 
 def _points(dimension: config.Dimension) -> list[Any]:
-    """Return all values of a dimension of a grid: its choices, or the values of a range with a step."""
+    """Return all values of one field of a grid: its choices, or all values of its range with a step."""
     if dimension.kind == "choice":
         return _categories(dimension)
     (low, high), step = dimension.ends, dimension.step or 1

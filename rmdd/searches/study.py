@@ -32,7 +32,7 @@ TRIES = 100
 """Number of consecutive draws of invalid values after which the search gives up."""
 
 WAIT_SECONDS = 60.0
-"""Seconds that a driver waits for another driver that writes to the same SQLite file."""
+"""Seconds that a driver waits while a different driver writes to the same SQLite file."""
 
 
 def url_of(search: config.Search, folder: Path) -> str:
@@ -108,7 +108,7 @@ class Study:
 
     @property
     def ended(self) -> set[str]:
-        """Names of all finished trials, also of those that earlier calls or other drivers ran.
+        """Names of all finished trials, including trials that earlier calls or other drivers ran.
 
         A trial whose values make an invalid run counts only in a grid, which cannot draw other values instead.
         """
@@ -192,7 +192,7 @@ class Study:
     def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
         """Lock a trial and write its run file; return the name and the run (as JSON) of the trial.
 
-        Returns None if another driver has locked the trial, or if the values of the trial make an invalid run.
+        Returns None if a different driver has locked the trial, or if the values of the trial make an invalid run.
         """
         name, folder = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
         if resumes and (name in self.trials or not self._is_in_this_storage(trial, folder)):

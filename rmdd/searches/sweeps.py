@@ -1,8 +1,8 @@
 """`rmdd sweep`: many runs (seeds, methods or settings) in parallel over one executor.
 
 Runs share all results whose settings are equal. First all datasets are ingested and all experts are trained. Then each
-run continues in its own thread; one thread computes at a time, the others wait for phases or students. If two runs need
-the same result, the second run waits until the first one has it.
+run continues in its own thread; one thread computes at a time, while the others wait for results of phases or students.
+If two runs need the same result, the second run waits until the first one has it.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def members(
 ) -> list[Member]:
     """Return a sweep's runs: one per mapping in `settings` and combination of the values in `over`.
 
-    Both map dotted fields to values. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
+    Keys are dotted fields. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """
     by_hash: dict[str, Member] = {}
     mistakes: list[str] = []

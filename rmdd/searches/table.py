@@ -42,7 +42,7 @@ class TrialTable:
 
     @property
     def winner(self) -> dict[str, Any] | None:
-        """Row of the trial with the best val R@mean (of equal ones, the first); None if no trial has finished."""
+        """Row of the trial with the best val R@mean (if equal, the first trial); None if no trial has finished."""
         rows = [row for row in self.rows if row["number"] in self.best]
         return max(rows, key=lambda row: row["val"], default=None)
 

@@ -66,7 +66,7 @@ class Trial:
     def _score_next(self) -> dict[str, Any]:
         item, steps = self.pipeline.begin_phases(), self.pipeline.steps
         step, candidates = len(self.curve), candidates_of(item.run)
-        if not methods.method_of(item.run).iterates:  # the method has only one snapshot
+        if not methods.method_of(item.run).iterates:  # a method that does not iterate has only one snapshot
             self.pipeline.distill()
         for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():

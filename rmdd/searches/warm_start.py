@@ -27,11 +27,11 @@ class EarlierTrial:
 
 
 def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) -> list[EarlierTrial]:
-    """Return the finished trials of the searches in `search.warm_start` that lie inside `search.space`.
+    """Return the finished trials of the searches in `search.warm_start` whose values lie inside `search.space`.
 
-    `hashes` maps each of `COMPARED_SECTIONS` to its hash in the new search. Other sections may differ: earlier trials
-    guide the sampler, but are not results of the new search. Raises `ConfigError` for the run `name` if a folder holds
-    no search, has a different layout, or its search used different data or a different evaluation.
+    `hashes` maps each of `COMPARED_SECTIONS` to the section's hash in the new search. Other sections may differ, as
+    earlier trials only guide the sampler. Raises `ConfigError` for the run `name` if a folder holds no search, has a
+    different layout, or its search used different data or a different evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []

@@ -22,7 +22,7 @@ TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"typ
 
 
 def of(*required: str, **fields: Any) -> dict[str, Any]:
-    """Return the JSON schema of an object that has only the given `fields`; the `required` ones must be present."""
+    """Return the JSON schema of an object that has only the given `fields`; the fields in `required` must exist."""
     return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
 
 

@@ -18,7 +18,7 @@ STORED = ["--set", "runtime.storage=/shared/runs"]
 
 @pytest.fixture
 def passed(monkeypatch):
-    """Fixture: the arguments of `rmdd` that a job script passes to `main`, which this replaces so that nothing runs."""
+    """Fixture: the list of arguments that a job script passes to `main`, replaced by a stand-in that runs nothing."""
     words: list[str] = []
     monkeypatch.setattr(cli, "main", lambda arguments: words.extend(arguments))
     return words

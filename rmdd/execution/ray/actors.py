@@ -1,8 +1,8 @@
 """The executor on Ray actors: experts, phases and students run in parallel and resume after the death of a worker.
 
 Each actor runs one item at a time until no item is left. If an actor or its node dies, or an actor reports no progress
-for too long, the item of that actor starts again on another actor and resumes from its last checkpoint. An item whose
-task raises an error is not run again.
+for too long, the item of that actor starts again on a new actor and resumes from the item's last checkpoint. An item
+whose task raises an error is not run again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.5
 NODES_SECONDS = 3.0
 """Seconds between two checks of which nodes the cluster has and which are about to leave."""
 STOP_SECONDS = 90.0
-"""Seconds that workers get to save checkpoints after a stop signal; cluster managers kill this process after 120."""
+"""Seconds for saving checkpoints after a stop signal; cluster managers kill this process after 120 seconds."""
 BACK_OFF = 0.5, 60.0
 """Seconds before an item whose worker died starts again: first delay (doubled at each death), and longest delay."""
 
@@ -141,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """Return the items to start now: no delay after a death is left for them, and the cluster has room for them."""
+        """Return the items to start now: their delay after a worker's death is over, and the cluster has room."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]
@@ -176,7 +176,7 @@ class ActorExecutor(Executor):
         return ray.remote(Worker).options(**options).remote(threads, folder_to_check(self.runtime, self.events))
 
     def _log_start(self, item: RunningItem, timeout: float = 0.0) -> None:
-        """Write the start of an item to the event log, once its actor has answered."""
+        """Write the start of an item to the event log, once the actor that runs the item has answered."""
         if item.where is None or not ray.wait([item.where], timeout=timeout)[0]:
             return
         with contextlib.suppress(RayError):  # if the actor died, `_settle` handles it

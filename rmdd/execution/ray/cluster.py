@@ -82,7 +82,7 @@ class Resources:
 
 
 def _room(cpus: float, gpus: float, cpu_share: float, gpu_share: float) -> float:
-    """Return how many workers with these shares of CPUs and GPUs fit on a node."""
+    """Return how many workers with `cpu_share` CPUs and `gpu_share` GPUs each fit on a node."""
     by_cpus = (cpus / cpu_share + 1e-9) // 1 if cpu_share else math.inf
     if gpu_share >= 1:
         return min(by_cpus, gpus // gpu_share)
@@ -120,7 +120,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     elif ours:
         _start(runtime)
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init had replaced this handler by its own
+        signal.signal(signal.SIGTERM, on_sigterm)  # restore the handler of SIGTERM, which ray.init replaced
     try:
         grows = ours and bool(address) and runtime.workers is not None
         if grows:
@@ -149,7 +149,7 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
 
 
 def _start(runtime: config.Runtime) -> None:
-    """Start a local cluster. On a busy machine Ray's limit of 30 seconds may be too short: then try again."""
+    """Start a local cluster; try again if the start exceeds Ray's limit of 30 seconds, as on a busy machine."""
     import ray
 
     for attempt in range(START_ATTEMPTS):
@@ -176,7 +176,7 @@ def _need(runtime: config.Runtime) -> dict[str, float]:
 def _await_room(runtime: config.Runtime) -> None:
     """Wait until a node has room for one worker. A placement group without tasks makes the cluster add such a node.
 
-    Raises `ValueError` if there is no such node after `GROW_SECONDS`.
+    Raises `ValueError` if no node has room after `GROW_SECONDS`.
     """
     import ray
 
@@ -230,6 +230,6 @@ def require_shared(storage: Path) -> None:
 
 
 def _write_answer(folder: str, token: str, node: str) -> None:
-    """Write a file named after `node` beside the token, if this node can read the token."""
+    """If this node can read the token of `require_shared`, write a file named after `node` beside the token."""
     if (Path(folder) / "token").read_text() == token:
         (Path(folder) / node).touch()

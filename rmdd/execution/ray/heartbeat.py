@@ -20,7 +20,7 @@ class TrialMonitor:
 
     def __init__(self) -> None:
         self.beats: dict[str, tuple[int, float]] = {}
-        """Number of heartbeats of each running trial, and the time of the last one in seconds of `time.monotonic`."""
+        """Number of heartbeats of each running trial, and time of its last heartbeat in seconds of `time.monotonic`."""
         self.reasons: dict[str, str] = {}
         self.stopping = False
 

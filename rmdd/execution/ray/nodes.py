@@ -16,6 +16,6 @@ def this_node() -> NodeAffinitySchedulingStrategy:
 
 def draining() -> set[str]:
     """Return the ids of the nodes that are about to leave, such as spot nodes after the cloud's notice."""
-    from ray._private.state import state  # Ray has no public function; Ray Train uses this one too
+    from ray._private.state import state  # Ray has no public function for this; Ray Train uses this private one
 
     return set(state.get_draining_nodes())

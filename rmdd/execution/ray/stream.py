@@ -96,7 +96,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
     rows = [{"value": json.dumps(item)} for item in items]
-    with warnings.catch_warnings():  # deprecated, but the only way to limit restarts in Ray 2.60
+    with warnings.catch_warnings():  # this is deprecated, but Ray 2.60 has no other limit of restarts
         warnings.simplefilter("ignore", RayDeprecationWarning)
         answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:

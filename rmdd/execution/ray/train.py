@@ -44,8 +44,8 @@ class WorkQueue:
     """The shared queue of items and their results, in a Ray actor that survives the death of workers.
 
     A *group* is `size` workers with consecutive ranks that work on an item together. A *generation* is all the workers
-    that Ray Train started at the same time; after a death, it starts a new generation. The *turn* of a group counts the
-    items that the group has drawn from the queue, from 0.
+    that Ray Train started at the same time; after a death, Ray Train starts a new generation. The *turn* of a group
+    counts the items that the group has drawn from the queue, from 0.
     """
 
     def __init__(self, names: Sequence[str], size: int, tries: int):
@@ -85,7 +85,7 @@ class WorkQueue:
         self.refusal, self.stopping = reason, True
 
     def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
-        """Return the index of a group's next item, in a list; `[None]` if no item is left, `[]` to make it ask again.
+        """Return a list with the index of a group's next item; `[None]`: none is left; `[]`: the caller must ask again.
 
         The leader (first member of the group) draws the item from the queue, after it has settled the previous item.
         Until then the other members get `[]`.
@@ -135,7 +135,7 @@ class WorkQueue:
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
         """Take back the items of workers that ended. `deaths`: cause of death by rank; None if the task failed.
 
-        Ranks in `away` ran on a lost node, so their deaths do not count against `tries` of their items.
+        Ranks in `away` ran on a lost node, so these deaths do not count against the `tries` of an item.
         """
         self.up = False
         for group in sorted({rank // self.size for rank in deaths}):
@@ -277,7 +277,7 @@ class WorkerDeaths(UserCallback):
 
 @dataclass
 class ExpertPool(Mapper):
-    """Trains experts in one run of Ray Train. If an expert fails, the others continue, and it is trained again.
+    """Trains experts in one run of Ray Train. A failed expert is trained again, and the others continue.
 
     `size` workers train each expert together. `name` is the name of Ray Train's run, which writes to a folder of that
     name under `storage`; each store of experts needs a different name. The file `events` gets a JSON line for every

@@ -1,4 +1,4 @@
-"""Run the trials of a search by Ray Tune: it places trials on the cluster and restarts those whose worker died.
+"""Run the trials of a search by Ray Tune, which places trials on the cluster and restarts trials whose worker died.
 
 A `TrialSource` (`rmdd.execution.trials`) in this process chooses the trials and decides which of them continue. Nothing
 that Ray Tune stores is needed later: a killed search resumes with a new run of Ray Tune, and several processes can run
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # rmdd never reads Ray Tune's files
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # holds files of Ray Tune, never read
         ):
             tune.Tuner(
                 trainable,

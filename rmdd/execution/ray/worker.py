@@ -32,7 +32,7 @@ def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
 
 
 def require_visible(folder: Path | None) -> None:
-    """Raise `StorageNotVisible` if this node does not see `folder`; it may have joined after the check at the start."""
+    """Raise `StorageNotVisible` if this node does not see `folder`; the node may have joined after the first check."""
     if folder is not None and not folder.is_dir():
         process = this_process()
         raise StorageNotVisible(
