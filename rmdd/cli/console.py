@@ -236,7 +236,7 @@ def _pair(cosine: float, ratio: float) -> str:
 def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of distillation methods with family, requirements, paper, and what was verified."""
     caption = (
-        "Open: not verified yet; needs a GPU, pretrained weights or the datasets.\n"
+        "What is not verified needs a GPU, pretrained weights or the datasets.\n"
         "`rmdd methods NAME` prints idea, equations, defaults and presets of a method."
     )
     table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)

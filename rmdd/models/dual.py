@@ -124,10 +124,11 @@ def check_same_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[s
     extra = [n for n in actual if n not in expected][:3]
     common = [n for n in expected if n in actual and expected[n] != actual[n]][:3]
     differing = [f"{n} {tuple(actual[n])} instead of {tuple(expected[n])}" for n in common]
+    differences = {"missing": missing, "unexpected": extra, "different shapes": differing}
+    reasons = [f"{kind} {names}" for kind, names in differences.items() if names]
     raise ValueError(
-        "these parameters belong to another model: "
-        f"missing {missing}, unexpected {extra}, other shapes {differing or 'none (another order)'}; "
-        "use the section `model` of the run file that they were trained with"
+        f"these parameters belong to another model: {', '.join(reasons) or 'the same parameters in another order'}; "
+        "use the section `model` of the run file with which they were trained"
     )
 
 
