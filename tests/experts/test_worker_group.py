@@ -70,7 +70,7 @@ def test_zero_trains_what_one_worker_trains(tmp_path, strategy):
 
 def test_an_impossible_split_over_workers_is_refused():
     with pytest.raises(
-        ValueError, match=r"experts.batch 2 cannot be split over experts.worker_group.workers 3; raise it"
+        ValueError, match=r"experts.batch 2 cannot be split over experts.worker_group.workers 3; raise experts.batch"
     ):
         config.Experts(batch=2, worker_group=config.WorkerGroup(workers=3))
     with pytest.raises(ValueError, match="experts.momentum"):
