@@ -107,6 +107,6 @@ def pca(
 
 
 def _thinned(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
-    """Return at most `most` evenly spaced start epochs of `probe`, each with its index, to keep the legend short."""
+    """Return at most `most` evenly spaced start epochs, each with its index in `probe`, to keep the legend short."""
     step = -(-len(probe.starts) // most)
     return list(enumerate(probe.starts))[::step]

@@ -20,8 +20,8 @@ class Setting:
     """Inputs of an analysis: the experts of a run, trained if missing, and the initial pairs of its first phase.
 
     `experts` limits the number of experts, `endpoint` is the last epoch of shortcuts (default: the experts' last), and
-    `least` is the number of gradients that the analysis needs per kind of trajectory; it computes `draws` gradients per
-    start epoch and expert. Raise `ConfigError` before any training if the run's experts do not allow the analysis.
+    `least` is the number of gradients that the analysis needs per kind of trajectory; `draws` is the number per start
+    epoch and expert. Raise `ConfigError` before any training if the run's experts do not allow the analysis.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Setting:
 
 
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
-    """Return `endpoint`, the last epoch of shortcuts (default `last`); raise `ConfigError` if not in least..last."""
+    """Return `endpoint`, the last epoch of shortcuts (default `last`); raise `ConfigError` if outside least..last."""
     if endpoint is not None and not least <= endpoint <= last:
         mistake = f"--endpoint {endpoint} is outside of the experts' epochs; give one from {least} to {last}"
         raise config.ConfigError([mistake], "analyse")
@@ -104,7 +104,7 @@ def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
 
 
 def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
-    """Return the stored epochs of experts trained for `last` epochs: 0, `kept`, `last`; all epochs for `kept` None."""
+    """Return the epochs stored for experts with `last` epochs: 0, `kept` and `last`, or all if `kept` is None."""
     return {0, *(kept or range(last)), last}
 
 

@@ -1,9 +1,9 @@
 """`rmdd bench step`: time, peak memory and FLOPs of one matching iteration, compared with reference loops.
 
 The variants of the iteration are timed in turn, so that other programs on the machine slow all of them down equally. On
-a CPU, peak memory is the largest resident set of a separate process, which runs one iteration to warm up, resets the
-high-water mark (/proc/self/clear_refs, Linux only), and runs one more iteration. In that process glibc returns every
-freed tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
+a CPU, a separate process runs one iteration to warm up, resets the high-water mark (/proc/self/clear_refs, Linux only)
+and runs a second iteration; its largest resident set since the reset is the peak memory. There glibc returns each freed
+tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
 """
 
 import ctypes
@@ -88,7 +88,7 @@ def variants(
     yardsticks: Sequence[str] = YARDSTICKS,
     of_methods: Sequence[str] = (),
 ) -> list[Variant]:
-    """Return the variants to measure: reference loops, then each estimator with each engine, per method."""
+    """Return the variants to measure: reference loops, then, for each method, each estimator with each engine."""
     for name in of_methods:
         if not methods.find(name).unrolls:
             raise ValueError(f"method {name} does not match trajectories, so it has no matching step; remove it")
@@ -221,8 +221,8 @@ def bench_step(
     """Measure the variants `chosen` on `case`; with `out`, write the result as JSON.
 
     The result has, for each variant, seconds per iteration (median and quartiles), pairs per second, peak bytes above
-    the process's baseline, and FLOPs. A variant without a method also has its ratios to the reference loops, which
-    compute the same steps.
+    the process's baseline, and FLOPs. A variant without a method also has its ratios to the reference loops,
+    because these loops compute the same steps.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, but must be at least 1; use 20 for a reliable median")
@@ -315,7 +315,7 @@ def table(result: dict[str, Any]) -> str:
 class _Flops(TorchDispatchMode):
     """Counter of the FLOPs of matrix products and convolutions, with PyTorch's formulas.
 
-    `FlopCounterMode` cannot be used, because its module hooks conflict with `torch.autograd.grad` in parameters.
+    `FlopCounterMode` cannot be used, because its module hooks conflict with `torch.autograd.grad` for parameters.
     """
 
     total = 0

@@ -30,8 +30,8 @@ def listing() -> list[dict[str, Any]]:
 
 
 def about(name: str) -> dict[str, Any]:
-    """Return all details of one distillation method: its record as in `listing`, and its docstring, defaults and
-    options.
+    """Return all details of one distillation method: the record that `listing` returns, and its docstring, defaults
+    and options.
 
     `name` is a name or an import path `module:Class`, as in `distill.method`. Raise `ValueError` for an unknown name.
     """

@@ -64,7 +64,7 @@ class BaseMethod:
     iterates: ClassVar[bool] = True
     """True if a phase is a loop of updates that can stop after any update; False if it consists of separate tasks."""
     unrolls: ClassVar[bool] = False
-    """Whether gradients go through the training steps of students; a trainable tower then needs double backward."""
+    """Whether gradients go through the training steps of students; if so, a trainable tower needs double backward."""
     learns_rates: ClassVar[bool] = False
     """Whether the learning rates of students are learned with the set; if False, they stay at the configured values."""
     plain_options: ClassVar[Mapping[str, Any]] = {}
@@ -101,8 +101,8 @@ class BaseMethod:
 
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
-        """Return one clash per combination of run-file fields that no method of the family supports. The base class
-        returns the clashes of families that do not match trajectories."""
+        """Return one message per combination of run-file fields that no method of the family supports. This version
+        serves the families that do not match trajectories."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
             text = f"distill.method {rule.method} matches no trajectories, so it plans no phases; list distill.phases"

@@ -172,7 +172,7 @@ class Online(nn.Module):
         self.head_image = nn.Linear(image_width, width or image_width, bias=False)
         self.head_text = nn.Linear(text_width, width or image_width, bias=False)
         if text_tower is not None and getattr(text_tower.model, "pooler", None) is not None:
-            text_tower.model.pooler.requires_grad_(False)  # nothing uses the pooler's output
+            text_tower.model.pooler.requires_grad_(False)  # the features do not use the pooler's output
         self.eval()
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,13 +200,13 @@ class CovarianceMatching:
         self.pretrained = {n: t.clone() for n, t in online.state_dict().items() if not n.startswith("head_")}
         self.temperature = self.run.distill.temperature or self.run.model.temperature
         self.mean: Tensor | None = None
-        """Moving average of the covariance of real pairs; None if `average` is 0 and from a reset to the next batch."""
+        """Moving average of the real covariance; None if `average` is 0 or before the first batch after a reset."""
         self.steps_since_reset = 0
         """Number of training steps of the online model since its last reset."""
         self.reset(0)
 
     def reset(self, turn: int) -> None:
-        """Load the pretrained towers into the online model and draw new heads; the number of resets `turn` is the seed.
+        """Load the pretrained towers into the online model and draw new heads, seeded by the number of resets, `turn`.
 
         An image tower without pretrained weights gets new random weights.
         """
@@ -285,7 +285,7 @@ class CovarianceMatching:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors for the checkpoint: the online model, its optimiser, and the number of resets so far.
 
-        Directly after a reset the number of resets is enough, since the parameters are drawn with it as the seed.
+        Directly after a reset the number of resets is enough, since it seeds all new weights.
         """
         tensors: dict[str, Tensor] = {TURN: torch.tensor(self.turn)}
         if self.steps_since_reset:

@@ -72,7 +72,7 @@ class DistributionMethod(BaseMethod, ABC):
     options: Options
 
     def records(self, phase: int, train: PreparedSplit, store: Store | None = None) -> list[int]:
-        """Return the caption records whose pairs initialise a phase, by index; `store` holds the trained experts."""
+        """Return the indices of the caption records whose pairs initialise a phase; `store` holds trained experts."""
         return super().records(phase, train)
 
     def distil(

@@ -54,7 +54,7 @@ class LatentSampling(Sampling):
     size: PositiveInt = Field(
         256,
         multiple_of=8,
-        description="side in pixels of generated and training images; the set stores side data.image_size",
+        description="side in pixels of generated and training images; the set stores images of side data.image_size",
     )
 
 

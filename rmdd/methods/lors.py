@@ -76,9 +76,10 @@ class LoRS(Method):
 
 
 def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Divide the gradient of each student learning rate by the squared distance of its tower only, as released.
+    """Rescale the gradients of the student learning rates like the released code, and return the changed `result`.
 
-    With `branches: merged`, both gradients in `result` are divided by the sum of the squared distances of both towers.
+    With `branches: merged`, the sum of both towers' squared distances divides both of these gradients. After rescaling,
+    the squared distance of one tower divides the gradient of that tower's learning rate.
     """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]

@@ -251,7 +251,7 @@ class Teacher:
         return {n: p.to(self.device, non_blocking=True) for n, p in self.pool.read(cell).items()}
 
     def _start(self, expert: int) -> Params:
-        """Return the parameters of `expert` at epoch 0; with `partners: any`, they are stored as the common anchor."""
+        """Return the parameters of `expert` at epoch 0; with `partners: any`, always those of the first call."""
         if self.options.partners == "same_expert":
             return self._read(merging.Cell(expert, 0))
         if self._anchor is None:

@@ -204,7 +204,7 @@ class NCFM(DistributionMethod):
         return 2 * (tower_width if rule.image.projection == "none" else rule.width or tower_width)
 
     def projection(self, phase: int, model: DualEncoder, device: torch.device) -> Tensor | None:
-        """Return the random projection (joint width, `project`), which keeps lengths on average, or None."""
+        """Return a random matrix (joint width, `project`) that keeps lengths on average; None means no projection."""
         if (width := self.options.project) is None:
             return None
         drawn = torch.randn(self._joint_width(model), width, generator=generator(self.seed, "projection", phase))
@@ -272,7 +272,7 @@ class CharacteristicMatching:
         self._labels: np.ndarray | None = None
         self._ends: dict[tuple[int, int], Params] = {}
         self._ahead: tuple[int, list[Tensor]] | None = None
-        """Index of the next iteration, and the real features of its first draw, which `after` computes in advance."""
+        """Index of the next iteration and real features of its first draw; `after` computes the features in advance."""
         self.temperature = method.run.distill.temperature or method.run.model.temperature
         self.psi: FrequencyNet | None = None
         if self.rule.network:
@@ -294,7 +294,7 @@ class CharacteristicMatching:
         return self._labels
 
     def _load(self, purpose: str, iteration: int, draw: int) -> None:
-        """Load the last checkpoint of a random expert, or for the purpose "blend" its blend with the first one."""
+        """Load the last checkpoint of a random expert; for the purpose "blend", blend it with the first checkpoint."""
         random = generator(self.seed, purpose, self.phase, iteration, draw)
         experts = self.store.complete()[: self.method.run.experts.num]
         expert = experts[int(torch.randint(len(experts), (), generator=random))]

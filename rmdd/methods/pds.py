@@ -1,16 +1,16 @@
 """PDS: prototype-guided data synthesis (arXiv 2602.19756), distillation without training.
 
-    features    compute projected CLIP features of every image and caption, not normalised; drop the 20 % of the pairs
+    features    compute projected, unnormalised CLIP features of every image and caption; drop the 20 % of the pairs
                 with the lowest image-caption cosine (`rm_ratio`)
     clusters    run k-means with M clusters on the image features and again on the caption features; match image
                 clusters to caption clusters one to one (Hungarian algorithm) so that matched clusters share the
                 largest number of pairs
-    prototypes  per match, average the image features and the caption features of the shared pairs; sort the matches
-                by the cosine of the two means
+    prototypes  for matched clusters, average the image features and the caption features of the pairs that they share;
+                sort the prototypes by the cosine of the two means
     captions    take the real caption nearest to the caption prototype
     images      decode the image prototype with an unCLIP diffusion model, prompted with that caption
 
-Paper and released code differ. We discard a match that shares no pair, as in the paper, and then split the largest
+Paper and released code differ. We discard matched clusters that share no pair, as in the paper, and split the largest
 matches until the set has M pairs (`pairless`). Prototypes are means of the shared pairs, captions come from the pairs
 that remain after pruning, and every image has its own random seed. Students get embeddings of the captions by the run's
 text tower; with `texts: prototypes` they get the mean of these embeddings over the shared pairs, as the released
@@ -205,7 +205,7 @@ class PDS(GenerativeMethod):
             )
         repeats = options.repeats == "allow"
         pool = remaining if options.caption_pool == "kept" else np.arange(len(split.captions))
-        if not repeats:  # keep one record of all records with the same caption
+        if not repeats:  # of several records with the same caption, keep one
             pool = pool[np.unique([split.captions[i] for i in pool], return_index=True)[1]]
         records = retrieved(prototypes.texts, sides.texts, pool, repeats).tolist()
         captions = [split.captions[record] for record in records]
@@ -237,5 +237,5 @@ def decoder_of(options: PDS.Options, folder: Path, device: torch.device) -> Deco
 
 
 def shared_texts(texts: np.ndarray, prototypes: Prototypes) -> np.ndarray:
-    """Return, for each prototype, the mean text embedding of the caption records of its shared pairs, (M, F)."""
+    """Return, for each prototype, the mean text embedding of the pairs that its two clusters share, as (M, F)."""
     return np.stack([texts[cell.texts].astype(np.float64).mean(axis=0) for cell in prototypes.cells]).astype(np.float32)

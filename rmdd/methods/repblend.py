@@ -35,13 +35,13 @@ from rmdd.models.dual import DualEncoder
 
 @dataclass(frozen=True)
 class Blend:
-    """Random blend of a mini-batch: each row is `weight` times its features plus 1 - `weight` times its partner's."""
+    """Random blend of a mini-batch: `weight` times each row of features, plus 1 - `weight` times a second row."""
 
     weight: float
     partner: Int[Tensor, " B"]
 
     def of(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return each row of `features` mixed with the row of its partner."""
+        """Return `features` with row i blended with row `partner[i]`."""
         return (
             self.weight * features + (1 - self.weight) * features[self.partner.to(features.device, non_blocking=True)]
         )

@@ -115,7 +115,7 @@ class TunedMethod(GenerativeMethod):
         return images_of
 
     def before(self, phase: int, count: Callable[[int], int]) -> int:
-        """Return how many captions all earlier phases draw; `count` maps a phase's pairs to its number of captions.
+        """Return how many captions all earlier phases draw; `count` maps a number of pairs to a number of captions.
 
         All phases share one sequence of random draws, and the draws of this phase begin at the returned index.
         """

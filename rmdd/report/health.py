@@ -11,7 +11,7 @@ SIDES = ("image", "text")
 
 
 def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write health.csv and health.svg of a run; return their paths and the path of health.json."""
+    """Write the embedding health of a run to health.csv and health.svg; return both paths and that of health.json."""
     rows = [row | {"iterations": " ".join(map(str, row.get("iterations", ())))} for row in health["rows"]]
     write_csv(folder / "health.csv", rows)
     files = [folder / "health.json", folder / "health.csv"]
@@ -27,14 +27,14 @@ def write_health(health: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def drawings(health: Mapping[str, Any]) -> list[str]:
-    """Return the health plots as inline SVG."""
+    """Return the plots of embedding health as inline SVG."""
     return [plots.curves(title, x, lines, "iteration", level=level) for title, x, lines, level in _panels(health)]
 
 
 def _panels(
     health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
-    """Return the title, iterations (x axis), lines and level of random real pairs of each embedding-health plot."""
+    """Return, for each embedding-health plot, title, iterations (x axis), lines, and the level of random real pairs."""
     sets = [row for row in health["rows"] if row["set"] == "distilled"]
     real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]

@@ -211,7 +211,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
 
 
 def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of students on each probing task, its description (`facts`) and its baseline scores."""
+    """Return, for each probing task of the evaluation, its students' scores, description (`facts`) and baselines."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     return [
         {
@@ -313,7 +313,7 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of the metrics log at `path`; a truncated last line is left out. No file: no lines."""
+    """Read the complete lines of the metrics log at `path` without a truncated last one; no lines if no file exists."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -102,7 +102,7 @@ def curves(
     *,
     level: tuple[float, str] | None = None,
 ) -> str:
-    """Draw up to three named lines over `x`: the mean of each bin of points, and the range of the bin as a band.
+    """Draw up to three named lines over `x`. Lines show the means of bins of points, bands the ranges of the bins.
 
     `level` (value and label) is drawn as a dotted horizontal line.
     """
@@ -137,7 +137,7 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student over its training passes; a dotted line marks the end of each subset."""
+    """Draw val R@mean of every student over its training passes; dotted lines mark changes to the next subset."""
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):

@@ -31,7 +31,7 @@ def cost_rows(evaluation: Mapping[str, Any], cost: Mapping[str, Any]) -> list[tu
 
 
 def lines(evaluation: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
-    """Return the rows of all tables as lines of text, with R@mean as the only recall."""
+    """Return the rows of all tables as lines of text; of the recall scores, they include only R@mean."""
     rows = []
     for table in tables(evaluation, labels, ("R@mean",)):
         rows += [f"{label}: {', '.join(cells)}" for label, *cells in table["rows"]]

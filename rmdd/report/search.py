@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 BEST = " The run file of the best trial is best.yaml in the folder of this page."
 LABEL = 18
-"""Maximum number of letters of a choice on an axis; the table on the page has the full text."""
+"""Maximum length of the label of a searched value on an axis; the table on the page has the full text."""
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -87,7 +87,7 @@ def _word(value: Any) -> str:
 
 
 def _label(choice: Any) -> str:
-    """Shorten a choice for an axis label; `$` is escaped because matplotlib would read it as a formula."""
+    """Shorten a searched value for an axis label; `$` is escaped because matplotlib would read it as a formula."""
     text = str(choice).replace("$", r"\$")
     return text if len(text) <= LABEL else f"{text[: LABEL - 3]}..."
 

@@ -87,7 +87,7 @@ class Sheet:
         ylabel: str,
         legend: str,
     ) -> None:
-        """Draw a scatter plot of named groups of points, coloured by group order; `legend` is the legend's title."""
+        """Draw a scatter plot of named groups of points, with one colour per group; `legend` is the legend's title."""
         ax, shades = self.panels[panel], matplotlib.colormaps["viridis"]
         with matplotlib.rc_context(STYLE):
             for i, (name, (x, y)) in enumerate(groups.items()):

@@ -35,7 +35,7 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # models of this size need no second pass
+    distill={"phases": PHASES, "reuse_graphs": 2},  # keeps the graphs of both inner steps
 )
 
 

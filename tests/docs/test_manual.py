@@ -39,7 +39,7 @@ ELSEWHERE = {
         "bench_step(SMALL, chosen, repeats=2, out=",
     ),
 }
-"""Commands that this test does not run: for each, the file that runs it, and words that the file must contain."""
+"""Commands that this test does not run, each with the file that runs it and words that this file must contain."""
 
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 
@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
 
 
 def write_emoji(root, **splits):
-    """Write drawn pictures with two captions each, with the JSON lists and the Karpathy file of the emoji dataset."""
+    """Write a small dataset with the files of the emoji dataset: pictures, JSON lists of captions, a Karpathy file."""
     everything, number = [], 0
     for split, count in splits.items():
         rows = []

@@ -45,7 +45,7 @@ def distil(run, store, train, folder, **hooks):
 
 @pytest.fixture(params=["ncfm", "covmatch", "tokens"])
 def setting(request, bert, tmp_path):
-    """Fixture: a run and its real pairs, once for NCFM, for CovMatch, and for CovMatch with token embeddings."""
+    """Fixture: a run and its real pairs. Each test runs for NCFM, CovMatch, and CovMatch with token embeddings."""
     rule = {"iterations": 6, "checkpoint_every": 2, "snapshots": 2, "guard": {"every": 3}}
     if request.param == "ncfm":
         return run_of("ncfm", NCFM, **rule), prepared_split()

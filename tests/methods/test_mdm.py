@@ -84,7 +84,7 @@ def test_initial_pairs_are_those_nearest_to_the_cluster_centres(toy, side):
 
 
 def test_a_cluster_without_an_unused_image_takes_another_pair(toy):
-    """There are as many clusters as captions, so there are more clusters than images, and some clusters are empty."""
+    """With as many clusters as captions, every pair must be chosen; with one per image, every image exactly once."""
     teacher = teacher_of(toy)
     teacher.load_initial()
     total, pictures = len(toy.train.texts), len(toy.train.split)

@@ -37,7 +37,7 @@ def slow_discrepancy(real, distilled, frequencies, w_amplitude, w_phase):
 
 
 def slow_parts(objective, train, synthetic, iteration):
-    """Compute the two loss terms of a draw pair by pair in float64, with the random draws that `objective` makes."""
+    """Compute both loss terms with a loop over pairs in float64, from the same random draws as `objective`."""
     store, rule, seed, run = objective.store, objective.rule, objective.seed, objective.method.run
     random = generator(seed, "blend", 0, iteration, 0)
     expert = store.complete()[int(torch.randint(run.experts.num, (), generator=random))]
@@ -221,7 +221,7 @@ def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     for second in (
         objective_of(method, store, train),
         first,
-    ):  # the state is loaded into a new objective and into a later state
+    ):  # the saved state must also replace the later state of `first`
         second.load(state)
         rest, more = descend(second, half, 3, start=3)
         assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[3:]

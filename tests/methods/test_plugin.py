@@ -56,7 +56,7 @@ def outside(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(outside):
-    """Fixture: the folder of `outside` with the entry point of an installed package added."""
+    """Fixture: like `outside`, and the method also has an entry point, as if its package were installed."""
     install(outside, "decaying", "rmdd.methods")
     importlib.invalidate_caches()
     return outside
