@@ -38,7 +38,7 @@ def main(command: str, option: bool = False) -> None:
 
 
 def relative_paths(run: config.Run) -> list[str]:
-    """Return a message for every relative path in a run: Ray deletes the copy of the working folder after the job."""
+    """Return a message for every relative path in a run; such paths lie in a folder that Ray deletes after the job."""
     image, text = run.model.image, run.model.text.name
     paths = {"runtime.storage": run.runtime.storage, "data.root": run.data.root}
     if image.weights != "pretrained" and not image.is_random:

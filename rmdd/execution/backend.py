@@ -36,17 +36,17 @@ class Backend:
 
     executor: Executor
     readers: Stream = sequential_stream
-    """Stream that runs the ingest: each of its workers reads a share of the raw dataset."""
+    """Stream (see `rmdd.execution.tasks`) that runs the ingest; each of its workers reads some of the raw dataset."""
     encoders: Stream = sequential_stream
-    """Stream that embeds captions: each of its workers embeds some blocks of captions."""
+    """Stream (see `rmdd.execution.tasks`) that embeds captions; each of its workers embeds some blocks of captions."""
     expert_pool: Callable[..., Mapper] | None = None
     """`expert_pool(store, size)` returns a `Mapper` that trains experts by Ray Train, each expert on `size` workers."""
     pictures: PictureReader | None = None
-    """Function that reads uncached training images; None: the process that trains an expert reads its images."""
+    """Function that reads uncached training images. If None, the process that trains an expert reads them itself."""
     run_trials: RunTrials = sequential_trials
     """Function that runs the trials of a search."""
     open_parts: OpenParts = local_parts
-    """Function that starts workers and divides among them the rows of a coreset or the draws of an outer iteration."""
+    """Function that starts workers and divides data among them, such as training pairs or the draws of an iteration."""
 
 
 @contextlib.contextmanager

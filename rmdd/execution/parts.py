@@ -46,7 +46,7 @@ def local_parts(
 
 
 def with_restarts(work: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """Call `work`; after each `PartLost`, at most `restarts` times, call it again to resume from a checkpoint."""
+    """Call `work`. If it raises `PartLost`, call it again, at most `restarts` times, to resume from its checkpoint."""
     for remaining in reversed(range(restarts + 1)):
         try:
             return work()

@@ -149,7 +149,7 @@ class SweepScheduler:
             self.changed.notify_all()
 
     def _alone(self, task: Task) -> Task:
-        """Wrap `task` to hold the lock `turn` if it runs in this process, since threads share torch's random state."""
+        """Make `task` hold the lock `turn` while it runs in this process, as the threads share torch's random state."""
         if not isinstance(self.executor, SequentialExecutor):
             return task
 

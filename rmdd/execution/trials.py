@@ -11,7 +11,7 @@ class TrialRunner(Protocol):
     """Runs one trial in steps, called rungs. After each rung the `TrialSource` may end the trial early."""
 
     def run_rung(self, hooks: Hooks) -> Values:
-        """Run the next rung; return its results with `done`, true after the last rung. May raise `Interrupted`."""
+        """Run the next rung; return its results, with `done` true after the last rung. May raise `Interrupted`."""
         ...
 
 
@@ -24,7 +24,7 @@ class TrialSource(Protocol):
         ...
 
     def tell(self, name: str, rung: Values) -> bool:
-        """Store the results `rung` of the trial `name`; return whether this trial continues with its next rung."""
+        """Store `rung`, the results of one rung of the trial `name`; return whether the trial runs its next rung."""
         ...
 
     def fail(self, name: str, why: str) -> None:

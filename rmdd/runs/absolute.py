@@ -11,7 +11,7 @@ from rmdd.data.inputs import absolute
 
 
 def with_absolute_paths(run: config.Run) -> config.Run:
-    """Return a copy of the run with absolute paths of data, weights, text encoder, probe data and method options."""
+    """Return a copy of the run with absolute paths of data, probes' data, weights, text encoder and method options."""
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
         data = data.model_copy(update={"root": _absolute_address(data.root)})

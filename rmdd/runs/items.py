@@ -45,7 +45,7 @@ class TaskItem:
     iterations: tuple[int, ...] = ()
     """For each phase, the iteration of the distilled snapshot that a student trains on."""
     stream: Stream | None = None
-    """Function that reads images for an expert in parallel if they are not cached; None: the training process does."""
+    """Function that reads uncached images in parallel. If None, the process that trains an expert reads them itself."""
     external: ExternalPairs | None = None
 
     @property

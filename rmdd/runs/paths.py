@@ -53,7 +53,7 @@ class RunPaths:
         return self.phase(number) / f"set-{iteration:06d}.safetensors"
 
     def set_of(self, number: int, iteration: int) -> Path:
-        """Return the path of the file with a phase's pairs at `iteration`; at iteration 0, these are initial pairs."""
+        """Return the path of the file with a phase's pairs at `iteration`; iteration 0 has the initial pairs."""
         return self.set(number, iteration) if iteration else self.start(number)
 
 
@@ -67,7 +67,7 @@ def dataset_folder(run: config.Run) -> Path:
 
 
 def protocol_of(run: config.Run) -> dict[str, Any]:
-    """Return the settings that change how one expert is trained, which leaves out the number of experts."""
+    """Return the settings that change how one expert is trained; the number of experts is not among them."""
     value: dict[str, Any] = run.hashed("experts", "experts")
     return value
 

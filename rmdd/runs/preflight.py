@@ -171,7 +171,7 @@ def _method_remarks(run: config.Run) -> list[str]:
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
-    """Return the run with its planned phases (a forecast if there is no plan yet), and a remark that says which."""
+    """Return the run with its phases, planned or (without a plan) forecast, and a remark that says which of the two."""
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
@@ -232,7 +232,7 @@ def _gpus(run: config.Run) -> dict[str, float]:
 
 
 def _parallel_workers(run: config.Run) -> int:
-    """Return how many workers can distil in parallel: one per draw if a step has several draws, else one per phase."""
+    """Return how many workers can distil in parallel: one per random draw if a step has several, else one per phase."""
     draws = methods.method_of(run).draws
     return draws if draws > 1 else len(run.distill.phases)
 

@@ -134,7 +134,7 @@ class Steps:
             self.progress.say(f"warning: {message}")
 
     def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
-        """Return the input of the run's tasks with all phases; if the run lists none, plan them from the experts."""
+        """Return the input of the run's tasks with all phases, planned from the experts if the run lists no phases."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
@@ -164,7 +164,7 @@ class Steps:
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            local = SequentialExecutor(run.runtime.threads)  # for methods whose phases each use all workers
+            local = SequentialExecutor(run.runtime.threads)  # for methods in which each phase uses all workers
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
@@ -229,7 +229,7 @@ class Steps:
     def students(
         self, item: TaskItem, title: str, jobs: list[protocol.Job], candidates: list[tuple[int, ...]]
     ) -> list[dict[str, Any]]:
-        """Train and score the students of `jobs`; return a record with the scores of each, in the order of `jobs`."""
+        """Train and score the students of `jobs`; return one mapping of scores per student, in the order of `jobs`."""
         items = [replace(item, job=job, iterations=candidates[job.snapshot]) for job in jobs]
         return self.map(title, TrainStudent(), items, dict.fromkeys([job.name for job in jobs], 1))
 
@@ -313,7 +313,7 @@ class Steps:
 
 
 def _records(name: str) -> bool:
-    """Return whether the main process reads file `name` of an expert store: no curves, no checkpoints after epoch 0."""
+    """Return whether the main process reads file `name` of an expert store; curves and epochs after 0 are not read."""
     return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
 
 

@@ -28,7 +28,7 @@ from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, wi
 
 @dataclass(frozen=True)
 class TrainStudent:
-    """Task: train and score a student, or read the record of a finished one. A student reads the test split once."""
+    """Task: train and score a student, or read the scores of a finished student. Each reads the test split once."""
 
     def target(self, item: TaskItem) -> Path:
         return record(item)
@@ -67,7 +67,7 @@ def _train_and_score(
 ) -> tuple[dict[str, Any], DualEncoder | None]:
     """Train and score a student; return a record with its scores, and the model (None if training diverged).
 
-    The test ranks are written beside the record file `path`, unless `path` is None.
+    The ranks of the queries on test are written beside the student's score file `path`, unless `path` is None.
     """
     assert item.job is not None
     job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)

@@ -151,7 +151,7 @@ class DistillShared:
 
 
 def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
-    """Return an object that computes the share of worker `rank`, of `size` workers, in every step of a phase."""
+    """Return an object that computes, on worker `rank` of `size`, the share of this worker in every step of a phase."""
     item, storage = with_local_paths(item)
     storage.fetch(item.paths.data)
     storage.fetch(item.paths.store, needed_after_training)

@@ -55,7 +55,7 @@ def check(base: config.Run, width_of: WidthOf = text_width) -> None:
 
 
 def facts_of(base: config.Run) -> dict[str, Any] | None:
-    """Return `rmdd check`'s facts about a search: fields, trials, use of experts; None if `search.space` is empty.
+    """Return what `rmdd check` prints about a search (fields, trials, experts); None if `search.space` is empty.
 
     Raises `ConfigError` if `search.space` has mistakes.
     """
@@ -70,7 +70,7 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
 
 
 def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Return a message for each searched field with no effect: a field of planned phases, or of a plan not used."""
+    """Return a message for each searched field without effect, as the phases are planned or the plan is not used."""
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "

@@ -15,7 +15,7 @@ from rmdd.core.seeding import derive
 from rmdd.searches.space import Space
 
 FIRST_TRIAL = "first"
-"""Key under which a study stores the number of its first new trial; lower numbers are copies from old searches."""
+"""Key under which a study stores the number of its first new trial; lower numbers are copies from earlier searches."""
 
 
 def trials_of(study: Study) -> list[FrozenTrial]:

@@ -14,7 +14,7 @@ SECTIONS = ("model", "experts", "distill")
 """Sections of the run file that a trial may change; data and evaluation must be equal to compare scores."""
 
 DRAWS = 48
-"""How often to draw values of all other fields, to find out whether a doubtful value is valid with any of them."""
+"""Number of random draws of the other fields that are tried to find one with which a doubtful value is valid."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -69,7 +69,7 @@ class Space:
         return {field: distribution(self.dimensions[field]) for field in values}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every combination of values as a mapping by field, without fields whose condition `when` fails."""
+        """Return every combination of values as a mapping by field, leaving out fields whose `when` does not hold."""
         rows: list[dict[str, Any]] = [{}]
         for field, dimension in self.dimensions.items():
             points = _points(dimension)
@@ -130,7 +130,7 @@ class Space:
         return mistakes
 
     def _impossible_conditions(self) -> list[str]:
-        """Return a message for every condition `when` that never holds, as its field never takes the required value."""
+        """Return a message for every condition `when` that never holds, as its value lies outside the space."""
         return [
             f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or change `when`"
             for field, dimension in self.dimensions.items()

@@ -66,7 +66,7 @@ def open_study(search: config.Search, seed: int, folder: Path) -> optuna.Study:
 
 
 class Study:
-    """`TrialSource` of a search, as one driver sees it. Use it in a `with` block, whose end unlocks its trials."""
+    """`TrialSource` of a search in one driver. Use it in a `with` block; its end unlocks the driver's trials."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Study:
         )
 
     def tell(self, name: str, score: Values) -> bool:
-        """Store the results of a trial's rung in the database; return whether the trial should continue."""
+        """Store the results of a trial's rung (step) in the database; return whether the trial should continue."""
         trial = self.trials[name]
         if self._leases[name][0].lost:
             self.say(f"{name}: another driver took over this trial, because this driver did not respond")
@@ -202,7 +202,7 @@ class Study:
             lease = stack.enter_context(hold_folder(folder, wait=False))
         except FolderInUse:
             return None
-        if resumes and self._state(trial.number) != TrialState.RUNNING:  # another driver finished the trial
+        if resumes and self._state(trial.number) != TrialState.RUNNING:  # a different driver has finished the trial
             stack.close()
             return None
         trial.set_user_attr("storage", self._storage_address())

@@ -113,6 +113,6 @@ def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str,
             shares = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
             )
-    except (ValueError, RuntimeError):  # no field is in all trials, or no field varies
+    except (ValueError, RuntimeError):  # raised if no field is in all trials, or if no field varies
         return {}
     return {field: float(share) for field, share in shares.items()}

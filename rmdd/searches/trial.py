@@ -52,7 +52,7 @@ class Trial:
         """Distil up to the next snapshot and score it on val.
 
         Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done`: whether this was the last snapshot.
-        The last snapshot adds `value`, the final score of the trial, and `cost`. If a phase diverges, `value` is 0 and
+        The last snapshot adds `cost` and `value`, the trial's final score. If a phase diverges, `value` is 0 and
         `error` is the message; if the run is invalid, the results are only `done` and `error`.
         """
         self.worker.hooks = hooks

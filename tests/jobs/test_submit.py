@@ -110,7 +110,7 @@ def test_the_working_folder_is_the_code_that_runs(head: Head) -> None:
         "print('DRIVER', rmdd.__file__); print('WORKER', ray.get(remote.remote()))"
     )
     head.do(*SUBMIT, "--submission-id", "shipped", "--", "python", "-c", code)
-    lines = head.client().get_job_logs("shipped").splitlines()  # the output of a job this short may not be streamed
+    lines = head.client().get_job_logs("shipped").splitlines()  # the output of such a short job may not be streamed
     files = [line.split()[1] for line in lines if line.startswith(("DRIVER", "WORKER"))]
     assert len(files) == 2 and all(file.startswith(str(head.folder)) for file in files)
 

@@ -32,7 +32,7 @@ NODES_SECONDS = 3.0
 STOP_SECONDS = 90.0
 """Seconds for saving checkpoints after a stop signal; cluster managers kill this process after 120 seconds."""
 BACK_OFF = 0.5, 60.0
-"""Seconds before an item whose worker died starts again: first delay (doubled at each death), and longest delay."""
+"""First delay (doubled at each death) and longest delay before an item whose worker died runs again, in seconds."""
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """Return the items to start now: their delay after a worker's death is over, and the cluster has room."""
+        """Return the items to start now, whose delay after a worker's death is over and that fit on the cluster."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rmdd import config
 
-# Environment variables to set before ray is imported. Workers get normal priority. None is started in advance: it would
-# lack our runtime_env and never be used. Telemetry, uploads of the working folder and output of Ray Data are off.
+# Environment variables to set before ray is imported. Workers get normal priority. No worker is started in advance,
+# as it would lack our runtime_env. Telemetry, uploads of the working folder and output of Ray Data are off.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -56,7 +56,7 @@ class Resources:
     each: tuple[tuple[float, float], ...]
     """Number of CPUs and number of GPUs of every node."""
     grows: bool = False
-    """Whether the cluster is autoscaling: it adds nodes while fewer than `runtime.workers` workers have room."""
+    """Whether the cluster is autoscaling, and so adds nodes while fewer than `runtime.workers` workers fit on it."""
 
     @property
     def nodes(self) -> int:
@@ -101,8 +101,8 @@ def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resourc
 def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster at `runtime.address` or RAY_ADDRESS, or start a local cluster and stop it after the block.
 
-    If this process has already joined a cluster, that one is used and keeps running. If `runtime.workers` is set, a
-    newly joined cluster is assumed to be autoscaling, and this waits for the cluster's first node. Raises `ValueError`
+    If this process has already joined a cluster, that cluster is used and keeps running. If `runtime.workers` is set,
+    a newly joined cluster is assumed to be autoscaling, and this waits for its first node. Raises `ValueError`
     if no node has room for a worker or some nodes do not see the storage, and `RuntimeError` if Ray fails in the block.
     """
     for name, value in ENVIRONMENT.items():

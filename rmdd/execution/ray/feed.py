@@ -12,7 +12,7 @@ import ray
 WAITING_STEPS = 2
 """Number of training steps whose images are fetched in advance."""
 BLOCK_BYTES = 2**20
-"""Largest size of a Ray Data block in bytes; so small that the images of each training step become a block."""
+"""Largest size of a Ray Data block in bytes, so small that the images of each training step get their own block."""
 
 
 def ray_stream(

@@ -21,7 +21,7 @@ _ERRORS = {"ValueError": ValueError, "OSError": OSError}
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
-    """Return a stream that runs each item as a Ray task with `cpus` CPUs; dead tasks rerun up to `restarts` times."""
+    """Return a stream that runs each item as a Ray task with `cpus` CPUs, at most `restarts` times more if it dies."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:
@@ -96,7 +96,7 @@ def _run(items: Sequence[Values], over: Callable[[Any], Any]) -> Iterator[Values
     context.use_datasource_v2 = False
     context.execution_no_progress_timeout_s = -1  # an item may take as long as it needs
     rows = [{"value": json.dumps(item)} for item in items]
-    with warnings.catch_warnings():  # this is deprecated, but Ray 2.60 has no other limit of restarts
+    with warnings.catch_warnings():  # this is deprecated, but Ray 2.60 has no other way to limit restarts
         warnings.simplefilter("ignore", RayDeprecationWarning)
         answers = over(ray.data.from_items(rows, override_num_blocks=len(rows)))
     try:

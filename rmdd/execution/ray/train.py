@@ -85,7 +85,7 @@ class WorkQueue:
         self.refusal, self.stopping = reason, True
 
     def take(self, generation: str, group: int, turn: int, leads: bool = True) -> list[int | None]:
-        """Return a list with the index of a group's next item; `[None]`: none is left; `[]`: the caller must ask again.
+        """Return `[index]` of a group's next item, `[None]` if no item is left, or `[]` if the caller must ask again.
 
         The leader (first member of the group) draws the item from the queue, after it has settled the previous item.
         Until then the other members get `[]`.
@@ -115,7 +115,7 @@ class WorkQueue:
         return self.stopping
 
     def settle(self, generation: str, group: int, turn: int, result: Any) -> None:
-        """Store the result of a group's item. Repeated calls and calls of earlier generations are ignored."""
+        """Store the result of a group's item; ignore repeated calls and calls by earlier generations of workers."""
         if generation != self.generation or group not in self.running or turn != len(self.turns[group]) - 1:
             return
         index = self.running.pop(group)
@@ -133,7 +133,7 @@ class WorkQueue:
     # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Take back the items of workers that ended. `deaths`: cause of death by rank; None if the task failed.
+        """Queue the items of ended workers again. `deaths`: cause of death by rank, or None if the rank's task failed.
 
         Ranks in `away` ran on a lost node, so these deaths do not count against the `tries` of an item.
         """
@@ -168,7 +168,7 @@ class WorkQueue:
         self.stopping = True
 
     def outcome(self) -> tuple[dict[int, Any], str | None]:
-        """Return the results by item index, and the reason passed to `refuse` (None if it was not called)."""
+        """Return the results by item index, and the reason passed to `refuse` (None if `refuse` was not called)."""
         return self.results, self.refusal
 
     def _fault(self, event: str, index: int, group: int, reason: Failed) -> None:
@@ -223,7 +223,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # each generation has a new port
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # each generation has its own port
     where = this_process()
     if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return
@@ -378,7 +378,7 @@ class ExpertPool(Mapper):
         )
 
     def _forward(self, queue: Any, on_report: Callable[[str, dict[str, Any]], None]) -> bool:
-        """Write the queue's new events to the log, pass new reports to `on_report`; return whether workers run."""
+        """Log the queue's new events, and pass its new reports to `on_report`; return whether any worker is running."""
         events, reports, up = ray.get(queue.news.remote())
         for event in events:
             append_jsonl(self.events, event)

@@ -31,7 +31,7 @@ MANY = 10**6
 
 
 class TrialActor(tune.Trainable):
-    """Ray actor that runs trials one after another; Ray Tune calls `step` for each rung of a trial."""
+    """Ray actor that runs trials one after another; Ray Tune calls `step` for each rung (step) of a trial."""
 
     def setup(
         self,
@@ -91,7 +91,7 @@ class SourceSearcher(Searcher):
         return {"what": trial[1]}
 
     def tell(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Pass the results of a rung to the `TrialSource`; return whether the trial continues."""
+        """Pass the results of a trial's rung (step) to the `TrialSource`; return whether the trial continues."""
         try:
             continues = self.problem is None and self.source.tell(self.names[trial_id], json.loads(result["rung"]))
         except Exception as error:
@@ -135,7 +135,7 @@ class SourceScheduler(FIFOScheduler):
         return self.CONTINUE if self.searcher.tell(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Kill the workers of a stopped search; otherwise they would keep running if the cluster keeps running."""
+        """Kill the workers of a stopped search, which would otherwise run on in a cluster that outlives the search."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # holds files of Ray Tune, never read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # for files of Ray Tune, never read
         ):
             tune.Tuner(
                 trainable,

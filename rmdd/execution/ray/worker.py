@@ -58,7 +58,7 @@ class Worker:
         self.beats = 0
         self.latest: dict[str, Any] = {}
         self.metrics = Metrics()
-        with contextlib.suppress(ValueError):  # raised outside the main thread; Ray creates actors in the main thread
+        with contextlib.suppress(ValueError):  # raised if this is not the main thread, in which Ray creates actors
             signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
 
     def where(self) -> dict[str, Any]:

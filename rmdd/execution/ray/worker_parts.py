@@ -25,7 +25,7 @@ class PartActor:
 
 
 class ActorParts(WorkerParts):
-    """`WorkerParts` whose workers are Ray actors. An error of a part is raised in this process with the same class."""
+    """`WorkerParts` whose workers are Ray actors. An error in a worker is raised here with the same class."""
 
     def __init__(self, actors: Sequence[Any]):
         self.actors = list(actors)
@@ -44,7 +44,7 @@ class ActorParts(WorkerParts):
 def parts_on_actors(
     make: Callable[[int, int], Any], size: int, cpus: float, threads: int, gpus: float = 0.0
 ) -> Iterator[ActorParts]:
-    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; kill the actors at the end."""
+    """Start `size` actors with `cpus` CPUs and `gpus` GPUs each, spread over the nodes; kill them after the block."""
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": gpus,

@@ -1,4 +1,4 @@
-"""Test coresets whose feature rows are spread over Ray actors: the same rows are chosen as in one process."""
+"""Test that a coreset gets the same pairs from features on several Ray actors as from features in one process."""
 
 from functools import partial
 from itertools import islice
@@ -31,7 +31,7 @@ def chosen(ranks, k):
 def test_workers_choose_the_same_rows_as_one_process(ray_local, tmp_path):
     write_rows(tmp_path / "f", [(np.arange(23), ROWS)], 6, "float32", {})
     alone = chosen(split_rows(Rows.of(ROWS)), 15)
-    for size in (1, 2, 3):  # each of 3 workers has fewer rows than the coreset, and not all have equally many
+    for size in (1, 2, 3):  # with 3 workers, each has fewer than 15 rows, and not all have the same number
         with parts_on_actors(partial(open_shard, tmp_path / "f"), size, 1.0, 1) as ranks:
             assert chosen(ranks, 15) == alone
 
