@@ -116,7 +116,7 @@ class Pipeline:
 
     @once
     def planned(self) -> TaskItem:
-        """Plan the phases if the run file does not list them; return the run with these phases, and paths of files."""
+        """Plan the phases unless the run file lists them; return the tasks' argument (see `item`) with these phases."""
         self.check_budget()
         self.experts()
         planned = self.steps.plan(self.item(), self.ingest())
@@ -234,6 +234,6 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
 
 
 def run(run: config.Run, progress: Progress | None = None) -> Result:
-    """Execute all steps of a run and return its results. To resume an interrupted run, call this again with it."""
+    """Execute all steps of a run and return its results. To resume an interrupted run, pass it again."""
     with open_pipeline(run, progress) as pipeline:
         return pipeline.all()

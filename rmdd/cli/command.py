@@ -74,9 +74,9 @@ class Call:
 
     quiet: bool = False
     folders: dict[Path, str] = field(default_factory=dict)
-    """Folders that this call works in and that can be resumed, each with its path or URI for the user."""
+    """Folders that this call works in and that can be resumed, each with the path or URI that the user sees."""
     more: dict[str, Any] = field(default_factory=dict)
-    """Values that `--json` prints in addition: folder of the run and, if it is a URI, address of the run."""
+    """Values that `--json` prints besides `Output.facts`: the run's folder and, if its storage is at a URI, its URI."""
 
     def mistakes(self, run: config.Run) -> list[str]:
         """Return a message for every problem that would stop the run and can be found before the run starts."""

@@ -46,7 +46,7 @@ def run_file(name: str) -> str:
     entries = _blocks(_inner(common.pop("budgets")))
     sections = _blocks(_inner(entries[key]))
     another = "".join(sections.pop("extends", [""])).removeprefix("extends: ")
-    if another not in entries:  # otherwise the preset extends that entry, which has the common fields
+    if another not in entries:  # an entry of this file already has the common fields
         sections = _blocks(_merged(_lines(common), _lines(sections)))
         sections.pop("extends", None)
     *notes, line = _opening(entries[key])
@@ -116,5 +116,5 @@ def _opening(block: list[str]) -> list[str]:
 
 
 def _inner(block: list[str]) -> list[str]:
-    """Return the other lines of a block that `_blocks` returned: the value, with less indentation."""
+    """Return the lines of the value in a block that `_blocks` returned, indented by two spaces less."""
     return [line[2:] for line in block if line.startswith(" ")]

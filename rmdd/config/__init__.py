@@ -245,7 +245,7 @@ def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_plan_kind(distill: Any) -> None:
-    """If `phases` is a list, delete `plan.kind` from the section `distill`, in place: the phases are not planned."""
+    """If `phases` is a list, delete `plan.kind` from the section `distill`, in place: listed phases need no plan."""
     if isinstance(distill, dict) and isinstance(distill.get("phases"), list) and isinstance(distill.get("plan"), dict):
         distill["plan"].pop("kind", None)
 
@@ -273,7 +273,7 @@ def _keep_possible_endpoints(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe of the method that an override or the run file names, and error messages if there is none."""
+    """Return the class of the method that an override or the run file names, and errors if no method has that name."""
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
         if override.startswith("distill.method="):

@@ -3,7 +3,7 @@
 The unit of a budget is one pair: an image and a text embedding of width F, 3 * size^2 + F numbers. Images stored at a
 smaller size cost less. A phase of M pairs also costs M^2 numbers for a full similarity, M + 2 M R for one of rank R, or
 none for the identity. The two learning rates of a phase are counted only if it has a learned similarity, as in the
-published tables: so a set without a learned similarity has as many pairs as its budget.
+published tables. So a set without a learned similarity has as many pairs as its budget.
 """
 
 from collections.abc import Sequence

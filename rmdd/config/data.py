@@ -44,7 +44,7 @@ class TableSource(Section):
 
 
 class Tars(Section):
-    """The source `webdataset`: tar files of img2dataset, with the captions of KEY.jpg in KEY.txt or KEY.json."""
+    """The source `webdataset`: tar files written by img2dataset; the captions of KEY.jpg are in KEY.txt or KEY.json."""
 
     files: str = Field(
         "**/*.tar", description="tar files: glob patterns or name-{000..146}.tar below data.root, separated by ::"

@@ -85,8 +85,8 @@ class Similarity(Section):
 
 
 class Guard(Section):
-    """Detection of a diverged phase: it is rolled back to its last good state and continues with halved outer learning
-    rates."""
+    """When a phase counts as diverged. A diverged phase returns to its last good state and continues with halved outer
+    learning rates."""
 
     retries: Annotated[int, Field(ge=0)] = Field(
         3, description="number of rollbacks after which a phase fails; not hashed", json_schema_extra=no_hash()
@@ -284,7 +284,7 @@ class Distill(Section):
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Leave `phases` out of a run's hash if the phases are planned, and `plan` if the phases are listed.
 
-        The hash of one phase lacks `plan`, except for an adaptive phase, which `plan` changes while it runs.
+        The hash of a phase contains `plan` only for adaptive phases, which `plan` changes while they run.
         """
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)

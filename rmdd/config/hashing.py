@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 NUMBERS_VERSION = 4
-"""This number is part of every hash. It is increased when a change of the code changes results of the same run file."""
+"""This number is part of every hash. It is increased when new code makes the same run file give different results."""
 
 Purpose = Literal[
     "run",  # identifies the results of a run

@@ -12,10 +12,10 @@ from rmdd.config.runfile import Section
 
 class Plan(Section):
     """Settings of planned phases (`phases: auto` or `adaptive`); `rmdd.distill.trajectory.planning` explains the plan.
-    The planned phases are written to plan.json in the run folder; a run that lists these phases gives equal results."""
+    The planned phases are written to plan.json in the run folder; listing them in a run file gives equal results."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
-        "stated", description="set by distill.phases: stated if that is a list, else the word in it (auto or adaptive)"
+        "stated", description="set by distill.phases: stated if that is a list, else that word (auto or adaptive)"
     )
     iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")

@@ -24,7 +24,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def preset_files() -> dict[str, list[str]]:
-    """Return the names of the preset files (no .yaml), each with the keys of its budgets in the order of the file."""
+    """Return the names of the preset files (without .yaml), each with the keys under `budgets` in that file."""
     return {path.stem: list(_budgets(path)) for path in sorted(PRESETS.glob("*.yaml"))}
 
 
@@ -34,7 +34,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> tuple[Path, str] | None:
-    """Return the file of a preset and its key under `budgets` (may be empty); None if there is no such preset."""
+    """Return the file of a preset and its key under `budgets` ("" without budgets); None if there is no such preset."""
     for path in PRESETS.glob("*.yaml"):
         if name.startswith(path.stem):
             keys = list(_budgets(path))
@@ -108,7 +108,7 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
 
 
 def no_preset(name: str) -> str:
-    """Return the message that `name` is no preset, with a similar name, or with the presets in a file of that name."""
+    """Return the error that `name` is no preset; it suggests a similar name or, for a preset file, its presets."""
     files = preset_files()
     if name in files:
         return f"'{name}' has several budgets; give one of {', '.join(_names(name, files[name]))}"

@@ -27,8 +27,8 @@ Ks = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class Classes(Section):
-    """Labelled images of a `zero_shot` probe. A random subset of classes depends on a hash of the seed and the class
-    name, so that a smaller subset is part of a larger one."""
+    """Labelled images of a `zero_shot` probe. Classes are drawn by a hash of the seed and the class name, so that a
+    smaller draw is part of a larger one."""
 
     layout: Literal["folders", "list", "cifar10", "cifar100"] = Field(
         "folders", description="folder per class, list of files and classes, or CIFAR's binary version (test images)"

@@ -1,7 +1,7 @@
 """Find a distillation method by its name: the built-in methods, and those of other packages.
 
 A package adds a method by an entry point of the group `rmdd.methods`. A run file can also give an import path,
-`module:Class`. The class of a method (its recipe) is imported only when it is used, so `rmdd.config` imports none.
+`module:Class`. The class of a method (its recipe) is imported only when it is used, not by importing `rmdd.config`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ TITLES = {
     "edge": "EDGE",
     "evlf": "EVLF",
 }
-"""Names of the built-in methods in tables and reports."""
+"""Names of the built-in methods as tables and reports show them."""
 GROUP = "rmdd.methods"
 
 
 @runtime_checkable
 class Recipe(Protocol):
-    """The class of a distillation method, as far as the run file needs it; `rmdd.methods.Method` implements it."""
+    """The attributes of a distillation method's class that the run file needs; `rmdd.methods.Method` has them."""
 
     family: Family
     """Kind of distillation loop that the method uses: trajectory, distribution or generative."""

@@ -27,7 +27,7 @@ MOVED: dict[str, str] = {
     "distill.starts": "distill.options.starts (only method: amd; remove it with other methods)",
     "distill.rate_branches": "distill.options.rate_branches (only method: lors, and methods derived from it)",
 }
-"""Fields whose place differs from older releases: the old place, and the new place as the error message gives it."""
+"""Fields that were in a different place in older releases: the old place, and the new place as errors give it."""
 
 
 class Clash(str):

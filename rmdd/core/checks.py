@@ -64,7 +64,7 @@ class DiskCheck:
 
     @contextlib.contextmanager
     def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
-        """If the block, which reads `path`, raises an error, record the error as a fault of `path`."""
+        """Record an error that the `with` block raises as a fault of `path`, the file that the block reads."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -106,7 +106,7 @@ class Format:
     markers: tuple[str, ...]
     """Names of marker files: a folder that contains one of them has this format. Empty for a format of single files."""
     within: str
-    """Glob pattern of the folders or files of this format in a storage; empty if all lie in other formats' folders."""
+    """Glob pattern that finds this format in a storage; empty if it occurs only inside folders of other formats."""
     check: Callable[[Path, DiskCheck], None]
     always_marked: bool = True
     """Whether folders that match `within` but have no marker file are ignored; if False, they count as unfinished."""

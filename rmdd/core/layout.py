@@ -1,4 +1,4 @@
-"""The layout number of a storage: the version of its folders and files, stored in `storage.json` at its first use.
+"""The layout number of a storage is the version of its folder structure and file formats; `storage.json` stores it.
 
 If the number is not that of this release, an error is raised before any other file of the storage is read or written.
 """
@@ -20,7 +20,7 @@ ADVICE_FOR_COPIES = f"or, if you copied folders of a newer storage, copy its {FI
 
 
 def layout_of(storage: Storage) -> int | None:
-    """Return the layout number of the storage, or None if it contains no results yet. Writes no file.
+    """Return the layout number of the storage, or None if the storage has no results yet. Writes no file.
 
     Raises `ValueError` if `storage.json` cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Exclusive access to a folder: a file lock keeps out other processes of this machine, a lease other machines.
+"""Exclusive access to a folder: a file lock excludes other processes of this machine, a lease excludes other machines.
 
 The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder
 that names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
@@ -38,7 +38,7 @@ class LeaseCell(Protocol):
     """The place where a lease is stored: a local file or an object at a URI."""
 
     exact: bool
-    """Whether the lease need not be read back after a write, because the file lock excludes all other writers."""
+    """True if the file lock excludes all other writers, so that a lease need not be read back after it was written."""
 
     def read(self) -> dict[str, Any] | None: ...
 

@@ -26,7 +26,7 @@ class _Item:
     total: int
     done: float = 0
     first: float = 0
-    """Units of work finished at the first report: the rate of a resumed item counts only the units after them."""
+    """Units of work finished at the first report; `rate` ignores them, because an earlier process did them."""
     began: float | None = None
     """Clock time in seconds when work on the units after `first` began, or None before the first report."""
     reported_at: float = 0.0
@@ -84,8 +84,8 @@ class Progress:
 
 
 class Stage:
-    """The progress of a group of items. Calling the stage with the name and the metrics of an item updates its
-    progress, and every `LOG_SECONDS` passes a line for the log to `say`."""
+    """The progress of a group of items. Calling the stage with the name and the metrics of an item updates that item.
+    If `LOG_SECONDS` have passed since the last line of the log, the call also passes a new line to `say`."""
 
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
@@ -99,7 +99,7 @@ class Stage:
             self.items.setdefault(name, _Item(total))
 
     def expect(self, most: int, each: int, ended: int) -> None:
-        """Expect `most` items of `each` units of work; `ended` of them are finished, `add` adds the others later."""
+        """Expect `most` items of `each` units of work. `ended` of them are finished; `add` adds the others later."""
         self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:

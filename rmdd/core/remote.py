@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rmdd.core.files import sweep, temporary_beside
 
 ATOMIC_WRITES = ("s3", "gcs", "abfs")
-"""File systems (pyarrow's names) that show an object only when it is complete; in others, it gets a temporary name."""
+"""File systems (pyarrow's names) that hide incomplete objects; in all others, rmdd first writes to a temporary name."""
 
 ATTEMPTS = 4
 """How often an operation is tried before its error is raised."""

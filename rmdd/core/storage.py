@@ -24,7 +24,7 @@ from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
-"""Names of files that mark their folder as complete: they are published after its other files, and removed first."""
+"""Files that mark their folder as complete. They are published after its other files, and removed before them."""
 
 LOCAL_ONLY = ("cache",)
 """Folders at the top of a mirror whose files are never published (uploaded)."""
@@ -75,7 +75,7 @@ class Storage:
         """Make the local file or folder `path` equal to that in the storage; `wanted` selects files by their path."""
 
     def publish(self, folder: Path) -> None:
-        """Make `folder` in the storage equal to the local folder: upload changed files, delete files it lacks."""
+        """Upload the changed files of the local `folder`, and delete from the storage the files that `folder` lacks."""
 
     def move(self, source: Path, target: Path) -> None:
         """Move the folder `source` to `target`, replacing any folder there."""
@@ -214,7 +214,7 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` compares from the right: only the number of parts excludes results of a storage inside this storage
+        # `match` compares only the end of a path; the number of parts excludes results of a storage inside this storage
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:

@@ -44,7 +44,7 @@ def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], entry: str, facts: Mapping[str, Any]) -> None:
-    """Write `tensors` to the file `path`; `facts` and the checksum go into its metadata, under `entry`."""
+    """Write `tensors` to the file `path`; `facts` and the checksum go into its metadata, under the key `entry`."""
     named = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     facts = {"schema_version": SCHEMA_VERSION, **facts}
     with atomic_path(path) as temporary:

@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Writes the scalar values of each step to tracking tools; the functions `openers` open them at the first step."""
+    """Writes the scalar values of each step to tracking tools, which the functions `openers` open at the first step."""
 
     def __init__(self, openers: Mapping[str, Callable[[int], Sink]]):
         self.openers = dict(openers)

@@ -54,7 +54,7 @@ def workdir(tmp_path, monkeypatch):
 
 @dataclass
 class Steps:
-    """Replaces `Pipeline` in tests: computes nothing, records the runs that it gets; `all` raises `error`, if set."""
+    """Replaces `Pipeline` in tests: computes nothing and records the runs it is given; `all` raises `error`, if set."""
 
     error: BaseException | None = None
     runs: list[config.Run] = field(default_factory=list)
@@ -137,7 +137,7 @@ def test_presets_are_listed_and_printed():
     for line in rmdd_("presets").stdout.splitlines():
         if line.startswith("│"):
             first, keys = (cell.strip() for cell in line.split("│")[1:-1])
-            file = first or file  # later lines of a row do not name the file
+            file = first or file  # only the first line of a row names the file
             listed.setdefault(file, []).extend(keys.replace(",", "").split())
     names = [f"{file}_{key}" for file, keys in listed.items() if file != "demo" for key in keys]
     assert sorted(names) == [name for name in config.preset_names() if name != "demo"]

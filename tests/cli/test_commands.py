@@ -16,7 +16,7 @@ COMMANDS = example("counting.py")
 
 @pytest.fixture(params=["a file of the folder", "a group of the folder", "an entry point"])
 def words(request, tmp_path, monkeypatch):
-    """Fixture: install the example command in each way that rmdd supports; yield the words that call it."""
+    """Fixture: install the example command as a file or an entry point (by parameter); yield the words that call it."""
     if request.param == "an entry point":
         name, folder = "counting", tmp_path
         install(folder, name, "rmdd.commands", demo="counting:count_pairs")

@@ -1,4 +1,4 @@
-"""Tests of all presets against published values: the tables were typed from the papers and scripts, not the presets."""
+"""Tests of all presets against published values, which were typed from papers and scripts, not copied from presets."""
 
 import re
 
