@@ -32,7 +32,7 @@ class IngestPart:
 
     number: int
     kind: str
-    """`listed` for rows from the planning step, otherwise the value of `data.source`, which names a `SampleSource`."""
+    """`listed` if the planning step wrote the rows; otherwise `data.source`, which then names a `SampleSource`."""
     file: str
     """Path of the input file: relative to the plan folder if `kind` is `listed`, otherwise relative to `data.root`."""
     start: int = 0

@@ -31,7 +31,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _FILES_PER_PART = 8192
 _DRAWINGS_PER_PART = 512
 _REMOTE_FILES_PER_PART = 2048
-"""Largest number of remote files in a part; remote parts have no size limit, as each file size costs a request."""
+"""Largest number of remote files in a part. Bytes are not limited, since asking for a file size costs a request."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class IngestPlan:
 
 
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
-    """Check the paths and captions of `rows`, and merge all rows of an image into one pair, placed at its first row.
+    """Check the paths and captions of `rows`, and merge all rows of an image into one pair at its first row's position.
 
     Raises `ValueError` if there are no rows, or if an image is listed in two splits.
     """
@@ -107,7 +107,7 @@ def file_parts(source: SampleSource, files: list[tuple[str, int, str | None]], d
 
 
 def _split_rows(pairs: list[dict[str, Any]], data: Data) -> Iterator[list[dict[str, Any]]]:
-    """Divide `pairs` into parts; a part ends when its image files reach `data.shard_mb`, or at the maximum of rows."""
+    """Divide `pairs` into parts; a part ends when its files reach `data.shard_mb`, or at the maximum number of rows."""
     limit = data.shard_mb * 2**20
     remote = is_remote(data.root)
     root = "" if remote else str(input_path(data.root))

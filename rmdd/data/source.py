@@ -66,7 +66,7 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Return the split of an image, chosen by a hash of its path only, so the other images do not matter."""
+    """Return the split of an image, chosen by a hash of its path only, so it does not depend on other images."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
@@ -93,7 +93,7 @@ class AnnotationSource:
     """A data source that reads lists of image names and captions."""
 
     rows: Callable[[Data], tuple[Iterator[AnnotationRow], list[InputPath]]]
-    """Function: return the rows in file order and the annotation files; raise `ValueError` for an unreadable file."""
+    """Function that returns the rows in file order, and the annotation files; `ValueError` if one is unreadable."""
     draw: Callable[[InputPath, str], bytes] | None = None
     """Function of `data.root` and `AnnotationRow.drawing` that returns an image file; None if no image is drawn."""
     cut_by_hash: bool = False
@@ -107,8 +107,8 @@ class SampleSource:
     """A data source that reads files in which images and captions are stored together."""
 
     files: Callable[[Data], list[tuple[str, int, str | None]]]
-    """Function: return (path relative to `data.root`, size in bytes, split or None if unknown) of each file."""
+    """Function that returns (path relative to `data.root`, size in bytes, split or None if unknown) of each file."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """Function of file, range, split, data and counts: yield the range's usable rows; add all its rows to counts."""
+    """Function of file, range, split, data and counts that yields the range's usable rows and counts all its rows."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
-    """Function: return for each file the ranges to read, such as ranges of row groups; (0, 0) is the entire file."""
+    """Function that returns for each file the ranges to read, such as row groups; (0, 0) is the entire file."""

@@ -44,7 +44,7 @@ class DecodedImages:
 
     def open(self) -> np.ndarray:
         if not len(self.rows):
-            return np.zeros(self.shape, dtype=np.uint8)  # because numpy cannot memory-map an empty file
+            return np.zeros(self.shape, dtype=np.uint8)  # numpy cannot memory-map an empty file
         if not self.written:
             with hold_folder(self.path.with_suffix(""), wait=True):
                 if not self.written:
@@ -90,7 +90,7 @@ class Split:
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.open()
 
     def some_images(self, index: np.ndarray) -> np.ndarray:
-        """Return the images at positions `index` as uint8 (n, 3, S, S); without a cache, no others are decoded."""
+        """Return the images at positions `index` as uint8 (n, 3, S, S); if there is no cache, decode only these."""
         if isinstance(self.pixels, np.ndarray) or self.pixels.written:
             chosen: np.ndarray = self.images[index]
             return chosen

@@ -77,7 +77,7 @@ class PretrainedCaptioner:
 
 @dataclass(frozen=True)
 class FurtherCaptions:
-    """The captions of a generated image besides its first one, and who wrote each of them."""
+    """The captions of a generated image except its first one, and the origin of each."""
 
     captions: list[str]
     sources: list[str]
@@ -94,9 +94,9 @@ def further_captions(
     rule: Captions,
     tries: int,
 ) -> FurtherCaptions:
-    """Collect `count` different captions besides `first`: answers of `ask(wanted, attempt)`, then captions of `real`.
+    """Collect `count` captions that differ from `first` and from each other.
 
-    Raises `ValueError` if answers and real captions together are too few.
+    Answers of `ask(wanted, attempt)` come first, then captions of `real`. Raises `ValueError` if they are too few.
     """
     captions: list[str] = []
     refused = 0
@@ -157,8 +157,8 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Choose captions of the dataset to replace missing answers of a captioner: first other captions of the image of
-    caption `record`, then the captions with the highest cosine with caption `record`.
+    """Choose captions of the dataset to replace missing answers of a captioner. The remaining captions of the image of
+    caption `record` come first, then the captions with the highest cosine with caption `record`.
 
     `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some captions may be equal.
     """

@@ -1,8 +1,8 @@
 """Image decoders: each turns the request of a pair (a caption, an embedding, ...) into the image of the pair.
 
-A decoder is constructed in the worker that uses it. A random generator per image, seeded by the number of its pair,
-makes an image independent of the others. Images of a block are generated together; a block is a range of pair numbers,
-so a resumed run generates the same blocks. Shapes: B images of a block, D features of an embedding.
+A decoder is constructed in the worker that uses it. Each image has its own random generator, seeded by the number of
+its pair, so it does not depend on other images. Images of a block are generated together; a block is a range of pair
+numbers, so a resumed run generates the same blocks. Shapes: B images of a block, D features of an embedding.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def random_of(request: Request, what: str = "picture") -> torch.Generator:
 
 
 class Nearest:
-    """A baseline decoder that returns the dataset image whose number is the value `image` of the request."""
+    """A baseline decoder that generates nothing: it returns the dataset image with the number `request["image"]`."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -60,7 +60,7 @@ class Nearest:
 
 
 class StableUnclip:
-    """A decoder that runs Stable unCLIP on the CLIP image embedding (not normalised) and the caption of each pair.
+    """A decoder that runs Stable unCLIP on the caption and the unnormalised CLIP image embedding of each pair.
 
     `noise_level` is the time step of the noise added to embeddings. The pipeline has no safety checker. Raises
     `ValueError` unless embeddings have the number of features that the pipeline accepts.
@@ -104,7 +104,7 @@ class StableUnclip:
 class Karlo:
     """A decoder that runs Karlo's unCLIP decoder and its two upscalers on embeddings; captions are not used.
 
-    diffusers can no longer load the complete pipeline, so the parts of the pipeline are loaded one by one.
+    diffusers can no longer load the complete pipeline, so the models of the pipeline are loaded one by one.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ def width_of(folder: Path) -> int:
 
 
 def embeddings_of(requests: Sequence[Request], width: int) -> Float[Tensor, "B D"]:
-    """Stack the `embedding` of each request, as float32. Raises `ValueError` unless it is `width` finite numbers."""
+    """Stack the `embedding` of each request, as float32. Raises `ValueError` unless each has `width` finite numbers."""
     rows = torch.stack([r["embedding"] for r in requests]).float()
     if rows.shape[1] != width:
         raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its CLIP model")
@@ -199,7 +199,7 @@ def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) 
 
 
 def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
-    """Move a pipeline to a device, or with `offload` each model or layer when needed; return the device."""
+    """Move a pipeline to a device (with `offload`, each model or layer only when it is used); return the device."""
     pipeline.set_progress_bar_config(disable=True)
     device = device if torch.cuda.is_available() else torch.device("cpu")
     if offload == "none" or device.type == "cpu":
@@ -252,7 +252,7 @@ class PictureWriter:
         plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
-            about["redrawn"] = redrawn  # number of seeds tried before, which gave images of one colour
+            about["redrawn"] = redrawn  # the number of earlier seeds, all of which gave images of one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 
@@ -278,7 +278,7 @@ def request_hash(request: Request) -> str:
 
 
 def write_requests(folder: Path, requests: Sequence[Values], tensors: dict[str, Tensor]) -> None:
-    """Write the requests of all pairs to `folder`, for the workers: JSON values, and tensors with one row per pair."""
+    """Write the requests of all pairs to `folder`, as JSON values and as tensors with one row per pair."""
     if any(len(t) != len(requests) for t in tensors.values()):
         lengths = {n: len(t) for n, t in tensors.items()}
         raise ValueError(f"each tensor needs one row per pair: {len(requests)} pairs, found rows {lengths}")

@@ -52,7 +52,7 @@ class Diffusion:
     ) -> Float[Tensor, "B C h w"]:
         """Encode images in [-1, 1] as unscaled latents.
 
-        With a CPU generator `random`, latents are samples of the VAE's posterior; without it, the posterior mean.
+        With a CPU generator `random`, latents are samples of the VAE's posterior; otherwise they are its mean.
         """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         if random is None:

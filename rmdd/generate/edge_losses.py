@@ -1,6 +1,6 @@
 """The losses with which EDGE fine-tunes a diffusion model, and the estimate of the clean latent that the losses use.
 
-    L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = i w^T / tau, i image and w text features of unit length
+    L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = i w^T / tau, i: image, w: text features of unit length
     L_D = 1/(B(B-1)) sum_{p != q} <j_p, j_q>,     j = [i ; w] / ||[i ; w]||
     z^  the clean latent, computed from the noisy latent z_t and the prediction of the UNet
 
@@ -25,7 +25,7 @@ def contrastive(
     temperature: float,
     captions: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Compute the contrastive loss L_C; pairs with equal numbers in `captions` are not used as negatives."""
+    """Compute the contrastive loss L_C; pairs with equal numbers in `captions` are not negatives of each other."""
     logits = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T / temperature
     if captions is not None:
         logits = logits.masked_fill(_others(captions), torch.finfo(logits.dtype).min)

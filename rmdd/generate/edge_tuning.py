@@ -3,9 +3,9 @@
     z_t = noised(z_0), prediction = UNet(z_t, t, e), z^ = clean estimate, x^ = VAE(z^ / scale), i = CLIP(x^)
     L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, target of the UNet)
 
-z_0 is the latent of an image, t a time step, e the encoded caption, w the CLIP feature of the caption. A batch for the
-contrastive loss may not fit in memory. Features are then computed twice (gradient caching): first without autograd, for
-the loss of the entire batch, then in micro-batches, for the gradient.
+z_0 is the latent of an image, t a time step, e the encoded caption, w the CLIP feature of the caption. If a batch is
+divided into micro-batches to save memory, features are computed twice (gradient caching): first without autograd, for
+the contrastive loss of the entire batch, then with autograd, for the gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -262,7 +262,7 @@ class EdgeTrainer:
 
 
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
-    """Return the numbers of `number` captions, drawn without replacement from all `count`, in an order set by `seed`.
+    """Return the numbers of `number` captions, drawn without replacement from `count`, in an order set by `seed`.
 
     The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if too
     few captions remain.

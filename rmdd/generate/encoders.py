@@ -59,8 +59,8 @@ class FeatureSource:
 def features(
     source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """Return the features of `items` in the space `choice.space`, a dict of all that determines these features, the
-    image and text features of which they are made, and the folder that holds the features of `items`."""
+    """Return four values: the features of `items` in the space `choice.space`; a dict of all that determines them; the
+    image and text features from which they are computed; and the folder that holds the features of `items`."""
     identity = identity_of(source, train, choice.encoder)
     sides = sides_of(source, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}

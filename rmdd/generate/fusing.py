@@ -72,7 +72,7 @@ class FusionEncoder:
 
 
 def fused_rows(studio: Studio, generator: Path, rule: FusionRule, size: int, tuned: Path | None, folder: Path) -> Rows:
-    """Return the fused latents of all caption records of the train split; files missing in `folder` are computed."""
+    """Return the fused latents of all caption records of the train split; files that `folder` lacks are computed."""
     storage, count = open_storage(studio.run.runtime), len(studio.train.split.captions)
     storage.fetch(folder)
     blocks = range(-(-count // BLOCK))

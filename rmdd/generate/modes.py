@@ -1,4 +1,4 @@
-"""Modes of fused latents: k-means clusters of all caption records, each with one latent (the mode) and one caption.
+"""Modes of fused latents: k-means clusters of the caption records; each cluster has a latent (the mode) and a caption.
 
 Shapes: T caption records, D numbers of a latent, K clusters, F features of a text, P principal components.
 """
@@ -25,7 +25,7 @@ class Modes:
     records: list[int]
     """For each cluster, the caption record whose text embedding is nearest to the cluster's mean text embedding."""
     members: list[int]
-    """Number of caption records per cluster. A cluster left empty by equal latents has 0 and gets an unused record."""
+    """Number of caption records in each cluster. If it is 0, latent and caption are those of an unused record."""
 
 
 def modes_of(
@@ -100,7 +100,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return, for each centre, the position of the row in the cluster nearest to it, or 0 for an empty cluster."""
+    """Return, for each cluster, the position of its row that is nearest to its centre, or 0 if the cluster is empty."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)

@@ -63,7 +63,7 @@ def nearest_captions(
 
 
 def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:
-    """Return the ids of the `count` rows with the highest cosines to each query, highest first; equal ones by id."""
+    """Return the ids of the `count` rows with the highest cosines to each query, by descending cosine, then by id."""
     queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     best = np.zeros((len(queries), 0), np.float32)
     ids = np.zeros((len(queries), 0), np.int64)

@@ -1,4 +1,4 @@
-"""Matched prototypes: image clusters are matched with caption clusters; a prototype is the mean of the shared records.
+"""Matched prototypes: a prototype is the mean of the records shared by an image cluster and its matched text cluster.
 
 A record is a caption with its image: record n has image `image_of[n]` and caption n. Shapes: T records, N after
 pruning, M prototypes, K clusters of images or captions, D features (U of an image and V of a caption if they differ).
@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records of one prototype (its cell); `images` and `texts` differ only if its clusters share no record."""
+    """The records of one prototype (its cell); `images` and `texts` differ only if matched clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -139,7 +139,7 @@ def raw_cosines(sides: Sides) -> Float32[np.ndarray, " T"]:
 def partition(
     rows: Rows, of: RecordIds, k: int, seed: int, ranks: OpenParts, starts: int = 20, normalize: bool = False
 ) -> RecordIds:
-    """Return the cluster of each record n, whose features are row `of[n]`, by k-means fitted on a sample of records.
+    """Return each record's cluster by k-means fitted on a sample of records; record n has the features in row `of[n]`.
 
     No cluster is empty if there are enough distinct rows.
     """
@@ -167,7 +167,7 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
 
 
 def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
-    """Return each row's cluster, after moving to each empty cluster the row in `of` farthest from its own centroid."""
+    """Move to each empty cluster the row in `of` that is farthest from its own centroid; return each row's cluster."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
     far = used[np.lexsort((used, -distance[used]))].tolist()
@@ -190,7 +190,7 @@ def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
 
 
 def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
-    """Return, for each image cluster, the records it shares with its partner text cluster; empty cells are left out."""
+    """Return the records that each image cluster shares with its matched text cluster, without empty cells."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
@@ -231,7 +231,7 @@ def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
 
 
 def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> list[RecordIds]:
-    """Return the records outside all cells, grouped by image and text cluster, the largest group first."""
+    """Return the records outside all cells, grouped by their pair of image and text cluster, largest group first."""
     remaining = np.flatnonzero(~matched)
     _, group = np.unique(np.stack([a[remaining], b[remaining]]), axis=1, return_inverse=True)
     groups = [remaining[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
@@ -239,7 +239,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Return a cell for each image cluster in `empty`, which shares no record with its partner: all records of both."""
+    """Return, for each image cluster in `empty`, a cell with all records of it and of its matched text cluster."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 

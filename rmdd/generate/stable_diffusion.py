@@ -139,7 +139,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """A decoder that noises the scaled latent `mode` of a pair and runs the last share `strength` of all steps."""
+    """A decoder that adds noise to a pair's scaled latent `mode` and runs the last share `strength` of all steps."""
 
     kind = "StableDiffusionImg2Img"
 
@@ -198,7 +198,7 @@ class NearLatent(FromCaption):
 
 
 def _random_of(request: Request, what: str) -> torch.Generator:
-    """Return the random generator of an image, seeded by the image's number, which counts over all phases."""
+    """Return the random generator of an image, seeded by the image's number, counted over all phases."""
     return generator(request["seed"], what, request["number"])
 
 

@@ -45,7 +45,7 @@ class Tools:
     executor: Executor
     """Runs the fine-tuning of a model as one task with checkpoints."""
     encoders: Stream
-    """Workers that hold a model, for features, captions and image decoding."""
+    """Processes work items on workers that hold a model, to compute features, captions or images."""
     ranks: OpenParts
     """Starts workers that each hold a part of the feature rows."""
     progress: "Progress"
@@ -98,7 +98,7 @@ class Studio:
         return streamed
 
     def features(self, encoder: str) -> "Sides":
-        """Return the features of train images and captions (not normalised) from an encoder such as `clip:ID`."""
+        """Return the unnormalised features of train images and captions from an encoder such as `clip:ID`."""
         return sides_of(self.feature_source, self.train, encoder, self.stream(f"features of {encoder}", "rows"))
 
     def draw(

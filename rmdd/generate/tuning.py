@@ -36,7 +36,7 @@ class Trainer(Protocol):
     optimiser: torch.optim.Optimizer
 
     def gradient(self, step: int) -> dict[str, float]:
-        """Add the gradient of a step to `grad` of each parameter; return the losses by name, the total as `loss`."""
+        """Add the gradient of a step to `grad` of each parameter; return the losses by name; `loss` is the total."""
         ...
 
 

@@ -89,7 +89,7 @@ class DualEncoder(nn.Module):
             return _at_least_float32(u) @ _at_least_float32(v).T / self.temperature
 
     def trained(self) -> Params:
-        """Return the trainable parameters by name, detached, in registration order (distillation matches them)."""
+        """Return the trainable parameters by name, detached from autograd, in registration order."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained(self, params: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class DualEncoder(nn.Module):
 
 
 def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that disables autocast, so scores are float32; the meta device needs none."""
+    """Return a context that disables autocast, so that scores are float32; on the meta device it does nothing."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -136,7 +136,7 @@ def build(model: config.Model, text_width: int, image_size: int, seed: int, who:
     """Build a dual encoder with newly initialised projections.
 
     `who` (such as `expert` or `student`) and `index` select the random numbers, so each expert and each student starts
-    with different projections. An image tower with weights `random` differs as well; with other weights (`pretrained`,
+    with different projections. Image towers with weights `random` differ as well; with other weights (`pretrained`,
     a file, `random:SEED`) all experts and students start with the same image tower.
     """
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)

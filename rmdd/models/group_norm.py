@@ -11,7 +11,7 @@ and m(.) the mean over a group of channels. The gradients in x, w and b, and the
     gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
 
-The gradient and the tangent are adjoint to each other, so they have the same derivative, which serves both reverse mode
+The gradient and the tangent are adjoint to each other, so they have the same derivative. It serves both reverse mode
 over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer norm must not be
 differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
 """
@@ -267,7 +267,7 @@ def _tangent(
 def _second(
     a: Tensor, aw: Tensor, h: Tensor, x: Tensor, weight: Tensor, _: Tensor, mean: Tensor, rstd: Tensor, *, reuse_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of <a, gx> + <aw, gw> (see module) in x and w; with `reuse_h` the first overwrites h."""
+    """Return the derivatives of <a, gx> + <aw, gw> in x and w; with `reuse_h`, the derivative in x overwrites h."""
     r, mu, average = _statistics(x, mean, rstd)
     sa, sh, sah = _sum(a), _sum(h), _dot(a, h)
     sax, shx = r * (_dot(a, x) - mu * sa), r * (_dot(h, x) - mu * sh)
@@ -295,7 +295,7 @@ def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 
 def _before_pool(g: Tensor, z: Tensor | None) -> Tensor:
-    """Return the gradient in the output z of the norm, given the gradient g after ReLU and pooling; overwrites z."""
+    """Return the gradient in the output z of the norm, given the gradient g after ReLU and pooling. Overwrites z."""
     return g if z is None else F.interpolate(g / 4, scale_factor=2.0).mul_(torch.gt(z, 0, out=z))
 
 

@@ -190,7 +190,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         x = images
-        if x.device.type == "cpu":  # this layout makes the first convolution several times faster
+        if x.device.type == "cpu":  # channels-last makes the first convolution several times faster
             x = x.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.blocks[::4], self.blocks[1::4], strict=True):
             assert isinstance(norm, nn.GroupNorm)

@@ -57,8 +57,8 @@ class PretrainedModel:
     """Files that a model needs besides configuration and weights, where `a|b` means either file; for a pipeline, the
     names of the components that it needs."""
     option: str = ""
-    """The run-file setting that loads this model from a folder, for error messages, such as
-    `distill.options.decoder: FOLDER`."""
+    """The run-file setting that loads this model from a folder, such as `distill.options.decoder: FOLDER`; it is shown
+    in error messages."""
 
     @classmethod
     def of(

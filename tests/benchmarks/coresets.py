@@ -40,7 +40,7 @@ class Case:
 def bench_coresets(
     case: Case, picks: Sequence[int], folder: Path, methods: str | Sequence[str] = METHODS[:2]
 ) -> common.Numbers:
-    """Let each method pick max(`picks`) rows; measure the seconds to each number of picks, memory and objective."""
+    """Let each method pick max(`picks`) rows; measure memory, objective and the seconds until each number of picks."""
     methods, picks = common.check_names(methods, METHODS, "method"), sorted(picks)
     if not picks or not 0 < max(picks) < case.rows:
         raise ValueError(f"picks {picks} are impossible for {case.rows} rows; give picks from 1 to {case.rows - 1}")

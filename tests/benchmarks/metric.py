@@ -13,7 +13,7 @@ from rmdd.evaluate.retrieval import ranks
 
 @dataclass(frozen=True)
 class Case:
-    """Size of the gallery of random vectors. Each image has five texts; the first images have six, as in COCO."""
+    """Size of the gallery of random vectors. The first images have six texts, the others have five, as in COCO."""
 
     images: int = 5000
     texts: int = 25_010
@@ -25,7 +25,7 @@ class Case:
 def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
     """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats` runs, and memory.
 
-    Memory is the peak in bytes of the process, and the bytes that the ranking adds to the memory used before.
+    Memory is the peak of the process in bytes, and the bytes that the ranking adds to the memory used before.
     """
     if repeats < 1 or case.texts < case.images:
         raise ValueError(f"give repeats of at least 1 and at least as many texts as images; found {repeats}, {case}")

@@ -1,7 +1,7 @@
 """Parallel phases compared with the same phases run sequentially, one thread each, measured alternately.
 
-It prints three ratios of parallel to sequential wall time: `work` counts from the start of the first phase to the end
-of the last, `workers` adds the start of the workers, and `ray` also the start of Ray.
+The benchmark prints three ratios of parallel to sequential wall time. `work` is from the start of the first phase to
+the end of the last, `workers` adds the start of the workers, and `ray` also the start of Ray.
 Sequential runs start neither workers nor Ray.
 """
 
@@ -113,7 +113,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Write the start sets of all phases, and an expert that is a random walk; phases cost as much as in a true run."""
+    """Write the start sets of all phases, and a random walk as expert trajectory, which costs as much as a real one."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")

@@ -35,7 +35,7 @@ def adds_up(dataset):
 
 @pytest.fixture
 def messy(root, draw, put):
-    """Fixture: config of a train list that has usable rows, and rows for every reason of rejection."""
+    """Fixture: config of a train list that has usable rows, and at least one row for each reason of rejection."""
     draw("a.png", "b.png", "sub/c.png", "d.png", "png_named.jpg")
     draw("huge.png", size=(90, 90))
     (root / "text.png").write_text("not an image")

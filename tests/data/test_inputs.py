@@ -8,7 +8,7 @@ from rmdd.data.inputs import RemotePath, find, input_path
 
 @pytest.fixture
 def memory():
-    """Fixture: an empty in-memory store, which pyarrow can read only through fsspec, unlike S3."""
+    """Fixture: an empty in-memory store. Unlike S3, pyarrow can read it only through fsspec."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     yield fs

@@ -23,7 +23,7 @@ REAL = ["a real one", "a cat", "another real one", "a third"]
 
 
 def saying(*answers):
-    """Return a stand-in captioner for `further_captions(ask)`: attempt i returns `answers[i]`, later ones nothing."""
+    """Return a stand-in captioner for `further_captions(ask)`: attempt i returns `answers[i]` (or nothing)."""
     return lambda wanted, attempt: answers[attempt] if attempt < len(answers) else []
 
 

@@ -1,4 +1,4 @@
-"""Guided sampling: its results equal diffusers bit for bit without guidance, and are nearer to the mode with it."""
+"""Sampling: without guidance, results equal those of diffusers bit for bit; with guidance, they are nearer the mode."""
 
 import pytest
 import tiny_diffusion

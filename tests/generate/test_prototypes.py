@@ -32,8 +32,8 @@ def noise(count, seed=0, width=WIDTH):
 
 
 def planted(order, each=5, seed=0):
-    """Return image and text features in distant groups, and the group of each image; image group i has text group
-    `order[i]`."""
+    """Return image and text features in distant groups, and the group of each image. The texts of the images in group i
+    form the group `order[i]`."""
     group = np.repeat(np.arange(len(order)), each)
     centres = 40 + 30 * np.eye(len(order), WIDTH)
     images = centres[group] + noise(len(group), seed)

@@ -28,7 +28,7 @@ def build(name, size=64, seed=0, **fields):
 
 
 def second_order(tower, size=64):
-    """Return the gradient in the images of <g, v>, where g is the parameter gradient of a loss, v a random vector."""
+    """Return the gradient of <g, v> in the images; g is the gradient of a loss in the parameters, v a random vector."""
     draw = generator(0, "probe")
     images = torch.randn(2, 3, size, size, generator=draw, requires_grad=True)
     features = tower(images)
@@ -118,7 +118,7 @@ def test_towers_without_double_backward_are_refused_only_if_trainable():
 
 def test_second_derivative_agrees_with_finite_differences():
     net = build_image_tower(CONVNET, generator(0, "tower"), 8).double()
-    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # smooth: finite differences fail at the kink of a ReLU
+    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # smooth, as finite differences fail at ReLU's kink
     images = torch.randn(2, 3, 8, 8, generator=generator(0, "images"), dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().requires_grad_() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]

@@ -2,9 +2,9 @@
 
 The train list has one record per caption; the val and test lists have one record per image, whose `caption` is a list.
 CC3M has one record per caption in all splits. Every split accepts both forms of records. Some original releases are
-accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. Releases without
-published splits are split by a hash of the image path: Flickr30k's token file, and the `metadata.json` or `chat.json`
-of LLaVA's CC3M (with exact split sizes).
+accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. Flickr30k's token
+file, and the `metadata.json` or `chat.json` of LLaVA's CC3M, have no published splits and are split by a hash of the
+image path (CC3M into splits of exact sizes).
 """
 
 from __future__ import annotations
