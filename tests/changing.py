@@ -38,7 +38,7 @@ class Named(Dataset):
 
 
 def other(value: Any, annotation: Any) -> Any:
-    """Return a value that differs from `value`, of the same type; an empty field gets one that `annotation` allows."""
+    """Return a different value of the same type; if `value` is None, the type is one that `annotation` allows."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

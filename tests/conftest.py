@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_ink():
-    """Fixture of all tests: skip rendering of figures, which takes half the time of a tiny run; `ink` turns it on."""
+    """Fixture of all tests: skip rendering figures, half the time of a tiny run; the fixture `ink` renders them."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def unchecked_operations():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_rival():
-    """Fixture of all tests: shorten the second that a lock of a URI storage waits for rivals; tests have none."""
+    """Fixture of all tests: shorten the wait of locks in URI storages for rival processes, which tests do not have."""
     from rmdd.core import locks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def no_waiting():
 
 @pytest.fixture(scope="session")
 def painted(no_ink):
-    """Fixture: a context in which figures are really rendered; outside of it, tests skip rendering."""
+    """Fixture: code inside `with painted():` really renders figures; outside of it, tests skip rendering."""
     from matplotlib.figure import Figure
 
     empty = Figure.draw

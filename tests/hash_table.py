@@ -1,4 +1,4 @@
-"""The hashes that each field of a run file changes; recorded before the code declared them for each field."""
+"""The hashes that each field of a run file changes, recorded before the fields declared their hashes."""
 
 MOVES = {
     "baseline ingest phases run store": """
@@ -124,4 +124,4 @@ WITHIN = {
     "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
     "tuned.TunedMethod.Options": "generator",
 }
-"""Fields inside lists, options and mappings, which `changing` cannot reach; these fields declare no hashes."""
+"""Fields that `changing` cannot reach, inside lists, options and mappings; these fields declare no hashes."""

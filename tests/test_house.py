@@ -48,7 +48,7 @@ ROOMS: dict[str, list[str]] = {
 """The packages that each package may import; a package imports only those listed after it."""
 
 LAZY_IMPORTS = 40
-"""Largest number of modules of this package that functions import; these keep `import rmdd` and `rmdd --help` fast."""
+"""Largest number of imports of rmdd modules inside functions; such imports keep `import rmdd` and the CLI fast."""
 WHOLE_RUN = 60
 """Largest number of functions outside `runs`, `cli` and the pipeline that take a complete run as an argument."""
 LINES = 450

@@ -8,7 +8,7 @@ from rmdd import config
 
 TINY = tiny.changed(experts={"keep": "all"}, distill={"snapshots": 1})
 METHODS = [f"distill.{key}={json.dumps(value)}" for key, value in TINY["distill"].items() if key != "budget"]
-"""Overrides for LoRS that replace its presets; the factors of its similarity count against the budget."""
+"""Overrides that replace the presets of LoRS, whose budget must also pay for the factors of its similarity."""
 METHODS += ["distill.similarity.rank=2", "distill.budget=10"]
 LR = {"loguniform": [0.1, 100]}
 BOTH = {

@@ -17,8 +17,8 @@ class PhaseDiverged(FloatingPointError):
 
 def health_numbers(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
     """Return four numbers, on the device of `synthetic`, that show whether a phase diverged: the sum of the loss and of
-    all tensors (finite when all of them are), the inner learning rates of the image and the text tower, and the largest
-    diagonal entry of a learned similarity (1 without one)."""
+    all tensors (finite only if all are), the inner learning rates of the image and the text tower, and the largest
+    diagonal entry of the similarity (1 if it is not learned)."""
     total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()
     return torch.stack([total, synthetic.lr_image, synthetic.lr_text, _diagonal(synthetic).amax()])
 
@@ -34,7 +34,7 @@ def _diagonal(synthetic: Synthetic) -> Tensor:
 
 
 def divergence_reason(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
-    """Return the reason why a phase diverged, or None when it is healthy.
+    """Return the reason why a phase diverged, or None if it did not.
 
     `numbers` come from `health_numbers`; `first_rates` are the inner learning rates of the image and the text tower at
     the start of the phase.

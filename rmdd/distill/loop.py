@@ -102,7 +102,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
     tensor by its root mean square. An outer learning rate is then the step size per entry, and the rare huge gradients
     of an unstable unroll count no more than ordinary gradients. With `normalised`, the inner learning rates are
     multiplied by a factor, so they stay positive. As in the released code, the averages of the inner learning rates are
-    clamped too, and of a low-rank similarity the factors are averaged, not their product.
+    clamped too. For a low-rank similarity, the factors are averaged, not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -115,7 +115,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
             # this fused multiply-add rounds in the same way as torch.optim.SGD
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # so the squares below stay in range
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # then the squares below stay in range
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
@@ -142,7 +142,7 @@ def finished(folder: Path, total: int) -> bool:
 
 
 def _last_state(path: Path, good: Path, key: str) -> State:
-    """Load the last checkpoint, or the older file `good` if the last one is damaged; the final set is the same."""
+    """Load the last checkpoint, or the older file `good` if it is damaged; both lead to the same final set."""
     try:
         return State.load(path, key)
     except Damaged as error:

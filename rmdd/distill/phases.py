@@ -1,4 +1,4 @@
-"""The random draws and the initial synthetic set of a phase. A phase never reads the files of another phase.
+"""The random draws and the initial synthetic set of a phase. No phase reads the files of another phase.
 
 Symbols: M pairs of the phase, B pairs in a mini-batch, K inner steps.
 """
@@ -29,7 +29,7 @@ Ranges = dict[str, tuple[int | float, int | float]]
 
 
 class Window(NamedTuple):
-    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves both."""
+    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves all three."""
 
     low: float
     stop: float
@@ -65,8 +65,8 @@ def draw(
 ) -> Draw:
     """Return the random choices of one outer iteration; they depend only on the seed, the phase and the iteration.
 
-    Experts are drawn in shuffled order, each of the `experts` once before any repeats. Start epochs are uniform over
-    the half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
+    All `experts` are drawn once in shuffled order, then all again in a new order. Start epochs are uniform over the
+    half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
     `real`. Both towers share one start epoch, or each tower has its own if `apart`.
     """
     plan = rule.phases[phase]
@@ -148,7 +148,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
 def _pixels(
     train: PreparedSplit, records: list[int], data: config.Data, augmentation: config.Augment | None, seed: int
 ) -> Tensor:
-    """Return the images of caption records as uint8 (M,3,S,S), resized to a square or augmented as experts see them."""
+    """Return the images of caption records as uint8 (M,3,S,S), resized to a square, or augmented as for experts."""
     image_rows = train.split.image_of[records]
     if augmentation is None:
         return torch.from_numpy(train.split.some_images(image_rows))

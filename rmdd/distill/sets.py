@@ -26,7 +26,7 @@ def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[flo
 
 
 def read_subsets(path: Path) -> list[tuple[dict[str, Tensor], float]]:
-    """Return the tensors and the alpha of each subset of a set, in order. Raises `Damaged` for an unreadable file."""
+    """Return the tensors and the similarity weight alpha of each subset. Raises `Damaged` for an unreadable file."""
     tensors, facts = load_checked(path, ENTRY)
     groups, alpha = split_groups(tensors), facts["alpha"]
     if not isinstance(alpha, list) or groups.keys() != {str(k) for k in range(len(alpha))}:

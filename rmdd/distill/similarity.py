@@ -1,7 +1,7 @@
 """The learned target similarity of M pairs: a full matrix, a low-rank form, or the fixed identity.
 
 Symbols: M pairs, B of them in a batch, R rank. Rows are images and columns are texts. The matrix need not be symmetric,
-and its entries are not bounded. Optimisers, checkpoints and distilled sets use the same tensor names.
+and its entries are not bounded. Optimisers, checkpoints and distilled sets use the tensor names of this module.
 """
 
 import torch
@@ -12,7 +12,7 @@ from rmdd import config
 
 
 def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return initial similarity tensors; all kinds start at exactly S = I (low-rank: omega one, L random, R zero)."""
+    """Return initial similarity tensors; all kinds start at exactly S = I (low-rank: diagonal 1, right factor 0)."""
     if rule.kind == "full":
         return {"matrix": torch.eye(pairs)}
     if rule.kind == "low_rank":
@@ -37,7 +37,7 @@ def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Te
 
 
 def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
-    """Add the similarity gradients `parts` of a mini-batch to `total` in place; the inverse of `gather`."""
+    """Add the similarity gradients `parts` of a mini-batch to `total` in place, at the entries that `gather` reads."""
     for name, part in parts.items():
         if name == "matrix":
             total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)

@@ -45,18 +45,18 @@ class Engine:
     """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient by more than rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
-    """How the second pass differentiates q: reverse mode twice, or reverse over forward mode, which skips weight
+    """How the second pass differentiates twice: in reverse mode, or reverse over forward mode, which skips weight
     gradients that are not needed. Some torch operations have a forward mode that cannot be differentiated again; check
     with `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the student's matrix products; parameters, lambda and sums keep the type of the parameters."""
+    """Number type of the student's matrix products only; everything else has the number type of the parameters."""
     trajectory: Literal["device", "cpu", "recompute"] = "device"
     """Where the K parameter vectors are stored until the second pass; `recompute` stores only about 2 sqrt(K) of them
     and computes most steps of the first pass twice."""
     reuse: int = 0
-    """Number of the last inner steps whose autograd graph is kept for the second pass (with `recompute`, steps of the
-    last segment). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but every step beyond the
-    first keeps one more graph in memory."""
+    """Number of steps, counted from the last, whose autograd graph is kept for the second pass (with `recompute`, only
+    steps of the last segment). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but every
+    step beyond the first keeps one more graph in memory."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def meta_gradient(
     begin, goal = layout.listed(start), layout.listed(target)
     reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is rounded too coarsely to give g
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is then too coarse to give g
     if tiny:
         passes.mode = "reverse"
 
@@ -246,7 +246,7 @@ def forward_suits(
     estimator: Literal["exact", "first_order"] = "exact",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> bool:
-    """Return whether forward mode gives the same derivatives of q as reverse mode for this student; warn if not.
+    """Return whether forward mode gives the same second derivatives as reverse mode for this student; warn if not.
 
     Both modes are compared on one batch, along a direction computed from `start`. In float32, only gross errors are
     detected.
@@ -326,7 +326,7 @@ def _pairs_at(synthetic: Synthetic, index: Int[Tensor, " B"]) -> dict[str, Tenso
     parts = similarity.gather(synthetic.similarity, index)
     named = {"images": synthetic.images[index], "texts": synthetic.texts[index]}
     named |= {f"similarity.{n}": t for n, t in parts.items()}
-    return {n: t.detach() for n, t in named.items()}  # `gather` returns a scalar diagonal without copying it
+    return {n: t.detach() for n, t in named.items()}  # `gather` does not copy a scalar diagonal
 
 
 def _target(synthetic: Synthetic, pairs: dict[str, Tensor]) -> Float[Tensor, "B B"]:

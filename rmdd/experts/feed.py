@@ -124,7 +124,7 @@ class Epoch:
         return cls(records[: steps * batch].reshape(steps, batch), tuple(s for s in first_steps if s < steps), key)
 
     def share(self, rank: int, size: int) -> "Epoch":
-        """Return the part of every batch that worker `rank` of `size` workers trains on."""
+        """Return the share of every batch that worker `rank` of `size` workers trains on."""
         return Epoch(np.array_split(self.records, size, axis=1)[rank], self.begins, self.key)
 
 
@@ -134,7 +134,7 @@ def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> b
 
 
 def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
-    """Write the experts' image cache once, if the images fit it; otherwise every worker would write it."""
+    """Write the experts' image cache in advance, if the images fit it, so that not every worker writes it."""
     if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
     elif fits(prepared, augment, cache_gb):
@@ -211,6 +211,6 @@ class _FromShards(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         number, within = self._steps[step]
         if self._images[0] != number:
-            self._images = (-1, {})  # free the old part before the next is read
+            self._images = (-1, {})  # this frees the old part before the next is read
             self._images = (number, self.reader.read(self.parts[number]))
         return torch.from_numpy(self.reader.step(self._images[1], self.parts[number], within))

@@ -69,7 +69,7 @@ class ShortcutPath:
 
 
 class AnchoredPath:
-    """Shortcuts joined at `anchors`, checkpoints by epoch, which include the first and the last epoch (MCT)."""
+    """Shortcuts from each anchor to the next (MCT). `anchors` are checkpoints by epoch, first and last included."""
 
     def __init__(self, anchors: Mapping[int, Params], norms: Mapping[str, np.ndarray]):
         self.epochs = sorted(anchors)
@@ -102,8 +102,8 @@ class ArcPositions(list[float]):
 def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
     """Return the cumulative share of the path length after each epoch: beta(0) = 0 and beta(E) = 1, float64.
 
-    A layer counts as not moved, with beta = 0 everywhere, if its path is shorter than the float32 resolution of its
-    norm `size`.
+    A layer with norm `size` counts as not moved, with beta = 0 everywhere, if its path is shorter than the float32
+    rounding error of the norm.
     """
     distance = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)])
     total = float(distance[-1])

@@ -8,7 +8,7 @@
     expert-003/running.safetensors  the last finished epoch of an expert in training
 
 Every file is written under a temporary name and renamed. Reading a checkpoint opens only its own file and, if the
-store shares epoch 0 or saves differences to it, the file of epoch 0.
+store shares epoch 0 or saves differences from it, the file of epoch 0.
 """
 
 import json
@@ -57,7 +57,7 @@ class Store:
 
         `shared` are the epoch-0 parameters that all experts have in common. `keep` are the epochs to keep (None: all).
         `facts` are added to `store.json` (protocol, encoders, hashes). Raises `ValueError` when the store at `path` has
-        another description.
+        a different description.
         """
         spec = {
             "schema_version": SCHEMA,
@@ -86,7 +86,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
-        """Open a store. Raises `ValueError` when the folder holds no store or has another schema version."""
+        """Open a store. Raises `ValueError` if the folder holds no store, or one with a different schema version."""
         path = Path(path)
         if not (path / "store.json").is_file():
             raise ValueError(f"no expert store at {path} (no store.json); train experts first with `rmdd experts`")
@@ -200,7 +200,7 @@ class Store:
             raise _damaged(path, error) from error
 
     def _check(self, path: Path) -> None:
-        """Check the SHA-256 of a finished expert's file before its first use; old records list no SHA-256."""
+        """Check the SHA-256 of a finished expert's file before its first use, if the expert's record lists one."""
         if path in self._checked or not (path.parent / "expert.json").is_file():
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)
@@ -218,7 +218,7 @@ class Store:
 
 
 def stored_bytes(path: Path) -> int:
-    """Return the size of a store in bytes; files that are not on this machine have their recorded size."""
+    """Return the size of a store in bytes; files that are not on this machine count with their recorded size."""
     sizes = {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
     for record in path.glob("expert-*/expert.json"):
         sizes |= {record.parent / n: file["bytes"] for n, file in read_json(record).get("files", {}).items()}

@@ -201,7 +201,7 @@ def _pass(
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed, *index = epoch.key
         torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
-        torch.empty((), dtype=torch.int64).random_()  # old versions drew a number here; this keeps the same dropout
+        torch.empty((), dtype=torch.int64).random_()  # old versions drew a number here; dropout must not change
         for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None

@@ -154,7 +154,7 @@ def gathered(share: Float[Tensor, "b D"], rank: int, size: int) -> Float[Tensor,
 def join_group(member: GroupMember, strategy: str, device: torch.device) -> ProcessGroup:
     """Join the process group of `member`; the process stays in the group for all experts that it trains."""
     if not _current_group:
-        if dist.is_initialized():  # Ray Train has put all its workers in one process group
+        if dist.is_initialized():  # Ray Train has already put all workers in one group
             dist.destroy_process_group()
         if member.rank == 0:
             store = dist.TCPStore(member.host, 0, member.size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]

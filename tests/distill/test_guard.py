@@ -17,14 +17,14 @@ BAD = 5
 
 
 def guarded(kind="full", **change):
-    """Return a run that checks for divergence; one student step and fresh masks make its gradients fast to compute."""
+    """Return a run that checks for divergence, with one student step and fresh dropout masks, so it is fast."""
     change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)
 
 
 def put(**tensors):
-    """Return a function that damages a synthetic set: it applies the given functions to the tensors of these names."""
+    """Return a function that damages a synthetic set: for each NAME=FUNCTION, it applies FUNCTION to tensor NAME."""
     return lambda raw: raw.with_tensors(raw.tensors() | {n: change(raw.tensors()[n]) for n, change in tensors.items()})
 
 
@@ -65,7 +65,7 @@ def rollbacks_of(folder):
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """Fixture: `unbroken_run(run, times)` returns the folder of a phase that diverged `times` times, never killed."""
+    """Fixture: `unbroken_run(run, times)` returns the folder of an unkilled phase that diverged `times` times."""
     folders = {}
 
     def unbroken_run(run, times):

@@ -82,7 +82,7 @@ def whole_similarity(synthetic):
 
 
 def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="separate"):
-    """Return the miss after K steps and its gradients. `first_order`: every step's gradient is taken at detached
+    """Return the miss after K steps and its gradients. For `first_order`, each step's gradient is taken at detached
     parameters, and only the sum of the steps stays in the graph."""
     leaf = synthetic.map(lambda t: t.clone().requires_grad_())
     rate = {"image": leaf.lr_image, "text": leaf.lr_text}

@@ -241,7 +241,7 @@ def test_a_seeded_tower_is_shared_and_heads_are_not(tmp_path):
     other = model_of(run_of(image=image | {"weights": "random:8"}), 0).trained()
     for name, p in experts[0].items():
         tower = name.startswith("image_tower.")
-        norm = bool((p == 1).all() or (p == 0).all())  # normalisation weights start equal in all models
+        norm = bool((p == 1).all() or (p == 0).all())  # all models start with equal normalisation weights
         assert torch.equal(p, experts[1][name]) == torch.equal(p, student[name]) == (tower or norm), name
         assert torch.equal(p, other[name]) == (not tower or norm), name
     store = begin_store(run, tmp_path, TEXT_WIDTH, {})

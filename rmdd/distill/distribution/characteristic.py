@@ -4,9 +4,9 @@
     Chf(t)    = w_a (|Phi_r| - |Phi_s|)^2 + w_p 2 (|Phi_r||Phi_s| - Re_r Re_s - Im_r Im_s)
     NCFD(r,s) = mean over t of sqrt(Chf(t))
 
-According to the paper, the first term measures diversity and the second realism. With equal weights, both terms add up
-to |Phi_r - Phi_s|^2, which avoids the modulus, whose derivative is undefined at zero. Symbols: n real and m synthetic
-rows, D features, T frequencies.
+According to the paper, the first term measures diversity and the second realism. If w_a = w_p = w, then Chf(t) is
+w |Phi_r - Phi_s|^2. The code then uses this form, because the modulus |Phi| has no derivative at zero. Symbols: n real
+and m synthetic rows, D features, T frequencies.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FLOOR = 1e-8
-"""Small number added under square roots, so that losses and gradients stay finite for equal sets and zero moduli."""
+"""Small number added before each square root; without it, gradients are infinite for equal sets and zero moduli."""
 REPEATS = 16
 """Number of frequencies that the frequency network draws from each of its output rows."""
 
@@ -36,7 +36,7 @@ def ncfd(
     w_amplitude: float = 0.5,
     w_phase: float = 0.5,
 ) -> Float[Tensor, ""]:
-    """Return the discrepancy NCFD of two sets, differentiable in all tensors; half-precision tensors are too coarse."""
+    """Return the discrepancy NCFD of two sets, differentiable in all tensors. Half precision is too coarse for it."""
     a, b = characteristic(real, frequencies), characteristic(synthetic, frequencies)
     if w_amplitude == w_phase:
         return (w_phase * (a - b).square().sum(dim=1) + FLOOR).sqrt().mean()
@@ -54,9 +54,9 @@ class FrequencyNet(nn.Module):
     """The frequency network psi: maps rows drawn from N(0, I) to frequencies.
 
     The network has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row
-    is a component of a Gaussian mixture: `REPEATS` frequencies are fresh normal noise, scaled per coordinate by the
-    row. The released code repeats the row itself instead (`repeat`). Because tanh bounds the scales, high frequencies
-    cannot be reached; `learned_scale` multiplies all frequencies by one learned factor.
+    gives `REPEATS` frequencies: fresh normal noise, multiplied coordinate by coordinate by the row. With `repeat`, as
+    in the released code, all of them equal the row itself. Because tanh bounds the rows, high frequencies cannot be
+    reached, unless `learned_scale` multiplies all frequencies by one learned factor.
     """
 
     def __init__(self, width: int, norm: Norm, *, repeat: bool = False, learned_scale: bool = False):

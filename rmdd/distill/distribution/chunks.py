@@ -1,4 +1,4 @@
-"""Compute the exact gradient of a loss over the features of all pairs, with only one chunk of pairs in memory.
+"""Compute the exact gradient of a loss over the features of all pairs, with the graph of only one chunk in memory.
 
 First, all features are computed without an autograd graph, and the loss is differentiated with respect to the features.
 Then each chunk is encoded again, with a graph, to carry its part of the gradient back to images and texts. The features
@@ -23,7 +23,7 @@ def gradient_in_chunks(
     loss_of: LossOf,
     chunk: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the gradients of the loss with respect to `images` and `texts`, and the detached parts of the loss."""
+    """Return the gradients of the loss with respect to `images` and `texts`, and the parts of the loss, detached."""
     pieces = list(zip(images.split(chunk), texts.split(chunk), strict=True))
     if len(pieces) == 1:
         leaves = [t.detach().requires_grad_() for t in pieces[0]]

@@ -1,4 +1,4 @@
-"""Clusters of pairs that replace the classes of NCFM: balanced k-means, and the initial pairs of each cluster.
+"""Divide pairs into clusters, which replace the classes of NCFM, and choose the initial pairs of each cluster.
 
 Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. Cluster sizes count distinct images,
 because one image with all its captions can fill a cluster.
@@ -76,7 +76,7 @@ def _centre(points: np.ndarray) -> np.ndarray:
 
 
 def _half(points: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Return a mask of the points of half the images: those that lie at one end of the first principal axis."""
+    """Return a mask that selects all points of the half of the images at one end of the first principal axis."""
     centred = points - points.mean(axis=0)
     axis = centred[(centred**2).sum(axis=1).argmax()]
     for _ in range(8):  # power iterations converge to the first principal axis

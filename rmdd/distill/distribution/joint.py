@@ -1,7 +1,7 @@
 """Initial pairs of MDM: the real pairs nearest to the k-means centres of joint image-text embeddings.
 
-Symbols: N records, n of them clustered, K clusters, I images, D joint width, W width of a row (2 D for image and text,
-else D).
+Symbols: N caption records, n of them clustered, K clusters, I images, D joint width, W width of an embedding row (2 D
+if image and text embeddings are concatenated, else D).
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from rmdd.models.prepared import PreparedSplit
 Side = Literal["joint", "image", "text"]
 
 SAMPLE = 65_536
-"""Largest number of caption records that k-means is fitted on; the centres are then compared with all records."""
+"""Largest number of caption records that k-means is fitted on; the initial pairs are chosen from all records."""
 IMAGES, RECORDS = 256, 8192
 """Number of images in one forward pass, and number of caption records in one block."""
 ROUNDS = 100
@@ -54,7 +54,7 @@ class Embedded:
         return len(self.train.split.captions)
 
     def rows(self, records: np.ndarray) -> Float[Tensor, "n W"]:
-        """Return unit-length embeddings (rows) of `records`; in a joint row, both halves have length 1/sqrt(2)."""
+        """Return unit-length embeddings (rows) of `records`; both halves of a joint embedding have length 1/sqrt(2)."""
         halves = []
         if self.side != "text":
             halves.append(self.images[torch.from_numpy(self.train.split.image_of[records]).to(self.images.device)])

@@ -1,8 +1,8 @@
 """The distribution-matching loop of one phase: draw, compare features, average gradients, clip, update, checkpoint.
 
-A step is single-level: it uses the gradient of a loss between the features of real and synthetic pairs under a teacher,
-and no student is trained. Rank k of `size` ranks computes draws k, k + size, ... The gradients are averaged in the
-order of the draws, so any number of ranks gives bit-identical results.
+A step trains no student: it uses the gradient of a loss between the features of real and synthetic pairs under a
+teacher. A step averages the gradients of several draws; rank k of `size` ranks computes draws k, k + size, ... They are
+averaged in the order of the draws, so any number of ranks gives bit-identical results.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 LossParts = dict[str, float]
-"""The loss of one draw (with the key `loss`), and the parts that this loss consists of, by name."""
+"""Numbers of one draw by name: its loss, with the key `loss`, and the parts of this loss."""
 
 
 @runtime_checkable
@@ -179,9 +179,9 @@ def distill_phase(
 ) -> bool:
     """Distil one phase by matching distributions; see `rmdd.distill.loop.run_phase`.
 
-    Writes `records.json` and `start.safetensors` (the initial set, as exported for students) if they are missing.
-    `ranks` are workers that hold one `Rank` each; with None, this process computes all draws. Several draws are always
-    averaged on the CPU, so the result does not depend on the devices.
+    Writes `records.json` (the initial caption records) and `start.safetensors` (the initial set, as exported for
+    students) if they are missing. `ranks` are workers that hold one `Rank` each; with None, this process computes all
+    draws. Several draws are always averaged on the CPU, so the result does not depend on the devices.
     """
     place = device if method.options.draws == 1 else torch.device("cpu")
     record_file, start = folder / "records.json", folder / "start.safetensors"

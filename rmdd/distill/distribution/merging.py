@@ -1,4 +1,4 @@
-"""The merged teachers of MDM: two checkpoints, averaged tensor by tensor and pulled to the anchor if they disagree.
+"""The merged teachers of MDM: averages of two checkpoints; tensors in which these disagree are pulled to the anchor.
 
 With displacements d_1, d_2 of a tensor from the anchor w_0 and the cosine c between both displacements,
 
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
     """Return the cosine between two displacements; 0 if either of them is zero.
 
-    A negative cosine c makes c / (1 + c) very large, so it counts as 0 unless `positive` is false.
+    A cosine c near -1 makes c / (1 + c) huge, so a negative cosine counts as 0 unless `positive` is false.
     """
     a, b = first.flatten(), second.flatten()
     value: Tensor = a @ b / (a.norm() * b.norm() + 1e-12)

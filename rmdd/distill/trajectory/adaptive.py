@@ -1,7 +1,7 @@
 """`phases: adaptive`: move the range of start epochs and the endpoint of a phase while it is distilled.
 
-Phases begin as `phases: auto` plans them, but with real starts. Every `distill.plan.every` updates, first-order
-matching gradients of the current set are computed in the middle of the range, at both bounds, and `pace` epochs beyond:
+Phases begin as `phases: auto` plans them, but start epochs are real numbers. Every `distill.plan.every` updates, the
+matching gradients (first-order) are computed in the middle of the range, at its bounds, and `pace` epochs outside them:
 
     a bound moves outwards by `pace` if the gradient outside it agrees with that of the middle (cosine at least
     `agreement`); it moves inwards by `pace`, down to a range of one epoch, if the gradient at the bound opposes that

@@ -81,8 +81,8 @@ class Matcher:
     def engine(self, synthetic: Synthetic) -> Engine:
         """Return the engine options; forward or reverse mode is chosen once, from the first draw and the initial set.
 
-        A resumed phase therefore makes the same choice. `fresh_mask` dropout needs reverse mode, because the test of
-        forward mode evaluates the same loss twice.
+        A resumed phase therefore makes the same choice. `fresh_mask` dropout needs reverse mode, because the check of
+        forward mode evaluates the loss twice and needs equal masks.
         """
         if self._engine is None:
             rule = self.run.distill

@@ -6,9 +6,9 @@ The rule (its settings are in `distill.plan`):
                gain on val. Later epochs gain little per unit of arc length, and their large gradients disagree. E_p is
                later than E_(p-1), and the teacher must have gained in between. Epochs whose shortcut is less straight
                than `min_straightness` are excluded.
-2. phases      As many phases as have a separate endpoint, at least `min_pairs` pairs and `min_iterations` updates
-               each; at least one and at most `max_phases`. Students learn from one phase after another, so every phase
-               needs enough pairs to train them without help from the other phases.
+2. phases      The plan has as many phases as possible, at most `max_phases`. Each phase needs its own endpoint and at
+               least `min_pairs` pairs and `min_iterations` updates, unless it is the only one. Students learn from one
+               phase after the other, so each phase needs enough pairs to train them on its own.
 3. sizes       The pairs that the budget pays for (including the similarity) are split evenly, and so are the updates.
 4. ranges      The first range begins at epoch 0, each later one in the middle of the range before it. A range has at
                least `min_starts` starts. It grows while the matching gradients at its last start and at the next
@@ -150,7 +150,7 @@ def planned_budget_error(run: config.Run, text_width: int) -> str | None:
 
 
 def _includes_stop(rule: config.Distill) -> int:
-    """Return 1 if starts are real-valued, so that a start can reach the exclusive end of its range; otherwise 0."""
+    """Return 1 if starts are real numbers, which come arbitrarily close to the excluded end of a range; otherwise 0."""
     return int(rule.real_starts)
 
 

@@ -81,7 +81,7 @@ def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """Matching gradients of a synthetic set at several start epochs, for the same mini-batches and dropout masks."""
+    """Matching gradients of a set at several start epochs, all with the same mini-batches and dropout masks."""
 
     starts: tuple[int | float, ...]
     """Start epochs at which the gradients were computed."""
@@ -187,7 +187,7 @@ def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[
 
 
 def principal(vectors: Float[Tensor, "R N"], components: int = 2) -> tuple[Float[Tensor, "R C"], Float[Tensor, " C"]]:
-    """Return coordinates of the centred rows on the first principal components, and each component's variance share."""
+    """Return coordinates of the centred rows on the first principal components, and the share of variance of each."""
     values, sides = torch.linalg.eigh(_products(vectors, centred=True))
     order = values.argsort(descending=True)[:components]
     largest = values[order].clamp(min=0)

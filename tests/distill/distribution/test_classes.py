@@ -1,4 +1,4 @@
-"""Check the clusters that replace classes: enough images in each, merging of small ones, distinct initial pairs."""
+"""Check NCFM's clusters of pairs: each has enough images, small ones are merged, initial pairs are distinct."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Compare cross-covariances with plain sums; check the minimum of the linear loss, and gradients in chunks."""
+"""Compare cross-covariances with plain sums; check the minimum of the linear loss, and gradients computed in chunks."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_learned_heads_reach_the_covariance_over_rho(rho):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 6, 99])
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_gradient_in_chunks_equals_the_full_gradient(chunk, learned):
-    """Use a loss that depends on all pairs together; the texts are either encoded or used as they are."""
+    """Check a loss that depends on all pairs together, with texts that are encoded or used as they are."""
     w_v, w_l, target = drawn(12, 4), drawn(5, 3, seed=1), drawn(4, 3 if learned else 5, seed=2)
     images, texts = drawn(6, 3, 2, 2, seed=3), drawn(6, 5, seed=4)
 

@@ -18,7 +18,7 @@ from rmdd.methods import matching_method
 
 
 def moving(stop=1, endpoint=2, iterations=5, **plan):
-    """Return a run with `phases: adaptive`; one student step and fresh masks make its gradients fast to compute."""
+    """Return a run with `phases: adaptive`, with one student step and fresh dropout masks, so it is fast."""
     phase = config.Phase(pairs=PAIRS, start=0, stop=stop, endpoint=endpoint, iterations=iterations)
     rule = {"kind": "adaptive", "every": 2, "pace": 0.5, "experts": 1, **plan}
     return run_of(phases=(phase,), plan=config.Plan(**rule), steps=1, inner_dropout="fresh_mask")
@@ -77,7 +77,7 @@ def unbroken(store, tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 3])
 def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, first):
-    """Stop a phase right before and right after its range of start epochs moves; then resume it."""
+    """Stop a phase right before or right after its range of start epochs moves; then resume it."""
     run = moving(agreement=-1)
     assert not distil(run, store, tmp_path, **stop_after(first))
     assert distil(run, store, tmp_path)
@@ -85,7 +85,7 @@ def test_a_stopped_phase_resumes_bit_identically(store, tmp_path, unbroken, firs
 
 
 def test_a_rollback_restores_the_window(store, tmp_path, monkeypatch):
-    """Compare phases that diverge right after their range moves: one is stopped after the rollback, one is not."""
+    """Compare two phases that diverge right after their range moves; only one is stopped after the rollback."""
     monkeypatch.setattr(stepping, "outer_step", _spoilt(stepping.outer_step, at=4))
     run = moving(agreement=-1, iterations=7, pace=0.25)
     run = run.model_copy(update={"distill": run.distill.model_copy(update={"guard": config.Guard(every=3)})})

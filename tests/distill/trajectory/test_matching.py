@@ -32,7 +32,7 @@ from rmdd.methods import matching_method
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """Fixture: `unbroken_run(run)` distils a phase without stopping it, only once per run, and returns its folder."""
+    """Fixture: `unbroken_run(run)` returns the folder of a phase that was never stopped; each run is distilled once."""
     folders = {}
 
     def unbroken_run(run):
@@ -67,7 +67,7 @@ def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_pat
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        engine = Engine(second_pass="forward")  # the phase also chooses forward mode
+        engine = Engine(second_pass="forward")  # the phase chooses this mode, too
         results = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
         for n, g in results.gradient.tensors().items():
             leaves[n].grad = g
