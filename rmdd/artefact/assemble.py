@@ -22,7 +22,7 @@ from rmdd.models.text import encoder_identity
 
 CHUNK = 8192
 CAPTIONS, PARTS, FACTS = "captions.json", "parts.json", "facts.json"
-"""Files in the folder of a generated phase: captions, pretrained models used, and how the pairs were generated."""
+"""Files of a phase with generated pairs: captions, pretrained models used, and how the pairs were generated."""
 
 
 def assemble(
@@ -37,9 +37,9 @@ def assemble(
 ) -> DistilledSet:
     """Assemble the distilled set of a run, with its captions, provenance and metrics.
 
-    `sets` is the file of the chosen snapshot of each phase, `iterations` the number of updates of each, `experts` the
-    hash of the expert store, `version` the version of rmdd. Pairs of a phase that started from noise have no real pair
-    as origin.
+    `sets` is the file of the chosen snapshot of each phase, `iterations` the number of updates of each phase,
+    `experts` the hash of the expert store, `version` the version of rmdd. Pairs of a phase that started from noise have
+    no real pair as origin.
     """
     seeds = {
         "experts": run.seed_of("experts"),

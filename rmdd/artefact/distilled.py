@@ -162,7 +162,7 @@ class DistilledSet:
     ) -> Path:
         """Write the set as a folder in one atomic step; `rmdd.artefact.card.export` adds the card and the preview.
 
-        `overwrite` allows replacing an existing set. `extra_files` has the content of further files by name.
+        `overwrite` allows replacing an existing set. `extra_files` maps names of further files to their content.
         """
         path = Path(path)
         _check_free(path, overwrite)

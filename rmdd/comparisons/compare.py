@@ -48,7 +48,7 @@ class Comparison:
 
     entries: tuple[Entry, ...]
     run: config.Run
-    """Run that gives the student protocol and the data of all rows."""
+    """Run whose student protocol and data are used for all rows of the table."""
     against: str
     """Name of the row with which all other rows are compared."""
     reencode: bool = False
@@ -125,7 +125,7 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Result
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """Return how a row got its learning rates, in words: learned, fixed, or chosen on val (with the loss)."""
+    """Return a text about the learning rates of a row: learned, fixed, or chosen on val (together with the loss)."""
     if "chosen" not in row:
         recipe = config.Distill.model_construct(method=row["method"]).recipe
         return "fixed" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
@@ -170,7 +170,7 @@ def _published(layout: str | None, budget: int, rows: Sequence[dict[str, Any]]) 
 
 
 def words_of(entries: Iterable[Entry]) -> list[str]:
-    """Return the arguments of `rmdd compare` that open the same entries from any working folder."""
+    """Return arguments of `rmdd compare` with absolute paths, which open the same entries from any working folder."""
     return [e.address if e.kind in ("random", "full") else f"{e.name}={e.address}" for e in entries]
 
 
@@ -188,11 +188,11 @@ def compare(
     A set is the folder of a distilled set or of its run, or a safetensors file; a subset is a folder with
     `subset.json`. `source` gives the protocol and the data in a form that `config.load` accepts; by default they are
     those of the first set's run. `against` names the row that all other rows are compared with (default: `random`, else
-    the first row). `reencode` embeds the captions of sets with a different text encoder again.
+    the first row). `reencode` accepts sets of a different text encoder; their captions are embedded again.
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP
 
-    Finished students are used again, so a new set trains only its own students. Raises `ConfigError` for entries that
+    Scores of finished students are reused, so an added set trains only its own. Raises `ConfigError` for entries that
     do not fit the protocol.
     """
     return prepare_comparison([str(w) for w in words], source, list(overrides), against, reencode).execute(progress)

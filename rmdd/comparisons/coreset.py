@@ -184,7 +184,7 @@ class Selection:
         return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
-        """Return the number of pairs, images, parameters and bytes of caption `records`, and of available items."""
+        """Return the number of pairs, images, parameters and bytes of caption `records`, and how many items exist."""
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
         return {
@@ -255,7 +255,7 @@ class Selection:
         return self._mean
 
     def radius(self, order: Iterator[int], picks: int) -> float:
-        """Return the covering radius of the first picks: the largest distance of an item to its nearest pick."""
+        """Return the largest distance of an item to the nearest of the first `picks` picks (their covering radius)."""
         if len(self.values) <= picks:
             next(order, None)
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
@@ -284,7 +284,7 @@ class Selection:
     def choose_jointly(self, ranks: WorkerParts, available: int) -> list[int]:
         """Select items with a method whose choice depends on the number of items, such as medoids.
 
-        If a size in bytes is requested, the number is the largest one that fits.
+        If a size in bytes is requested, select the largest number of items that fits.
         """
         choice = self.choice
 

@@ -1,8 +1,8 @@
 """Score the rows of a comparison: prepare training pairs, choose rates on val, train and test students.
 
 Each student is a separate task. Its record is stored under a hash of its training pairs and protocol, so a stopped
-comparison resumes, and added rows train only their own students. The rows for random pairs and full data share their
-records with `rmdd run`.
+comparison resumes, and added rows train only their own students. Students of `rmdd run` for random pairs and full data
+are reused.
 """
 
 import statistics
@@ -94,7 +94,7 @@ class Row:
 
 
 class ComparedRun(Pipeline):
-    """Pipeline that prepares the rows of one protocol: data, embeddings, and experts for a row of full data."""
+    """Pipeline that prepares data and embeddings for all rows of a comparison, and the experts for the row `full`."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
         """Return a message for every entry of a different dataset or with pairs outside the training split."""
@@ -118,7 +118,7 @@ class ComparedRun(Pipeline):
         return wrong
 
     def row(self, name: str, entry: Entry, rates: Rates | None = None) -> Row:
-        """Prepare the row of an entry. Raises `ValueError` if the entry does not fit the data."""
+        """Prepare the table row of a set, subset or baseline. Raises `ValueError` if it does not fit the data."""
         if entry.kind == "full":
             self.experts()
             return Row(name, entry, self, self.run, "trained", costs=self._full_costs())
@@ -179,7 +179,7 @@ class ComparedRun(Pipeline):
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
     def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """Return the training pairs of a set and, if its captions were embedded again, how many are duplicates."""
+        """Return the training pairs of a set and how many of its captions, if embedded again, are duplicates."""
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None
@@ -203,7 +203,7 @@ class ComparedRun(Pipeline):
         return file.relative_to(self.storage.root)
 
     def _real_costs(self, draws: Sequence[Sequence[int]]) -> Costs:
-        """Return the costs of equally large draws of real pairs; `bytes` is the mean over the draws."""
+        """Return the costs of random draws of real pairs, all of one size; `bytes` is the mean over the draws."""
         train, pairs = self.prepared_split("train"), len(draws[0])
         costs = cost.ByteCosts.of(train.split, self.item().paths.cache)
         mean_bytes = statistics.fmean(costs.bytes_of(draw)["total"] for draw in draws)
@@ -223,7 +223,7 @@ class ScoredRow:
     records: list[dict[str, Any]] = field(default_factory=list)
     """The records of the students, by the index of the student."""
     ranks: list[Path] = field(default_factory=list)
-    """Files with the retrieval ranks of each student on test, for students that have one."""
+    """Files with the retrieval ranks on test, for those students that have such a file."""
     chosen: dict[str, Any] | None = None
     """Loss and learning rate that were chosen on val, and the val scores of all tried combinations."""
     error: str | None = None
@@ -231,7 +231,7 @@ class ScoredRow:
 
 
 def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[ScoredRow]:
-    """Train and score the students of all rows in parallel: first to choose settings on val, then to score on test."""
+    """Train and score the students of all rows in parallel: first to choose settings on val, then for the table."""
     choices = {id(row): row.choices() for row in rows}
     tried = _run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}

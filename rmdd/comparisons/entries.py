@@ -39,7 +39,7 @@ class Entry:
     pairs: int | None = None
     """Number of random pairs, if it differs from the budget of the run."""
     rates: Literal["learned", "tuned"] = "tuned"
-    """Origin of the learning rates: `learned` (stored in the set) or, for all other pairs, `tuned` (chosen on val)."""
+    """Origin of the learning rates: `learned` (stored in the set), or `tuned` (chosen on val) if none are stored."""
     address: str = ""
     """Command-line argument of the entry with an absolute path, so that it is valid in any working folder."""
 
@@ -223,7 +223,7 @@ def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) 
 
 
 def same_text(set_: DistilledSet, tower: config.TextTower) -> bool:
-    """Return whether a set's text embeddings come from the encoder `tower`; bare tensors only need the same width."""
+    """Return whether a set's text embeddings come from the encoder `tower`; without `set.json`, compare only widths."""
     if set_.subsets[0].texts.shape[1] != text_width(tower):
         return False
     if not set_.model:
@@ -241,7 +241,7 @@ def image_tower_words(tower: Mapping[str, Any]) -> str:
 
 
 def check_data(entry: Entry, data_hash: str) -> list[str]:
-    """Return the reason why an entry is not from the dataset with this hash; bare tensors pass unchecked."""
+    """Return the reason why an entry is not from the dataset with this hash; sets without `set.json` pass."""
     theirs = None
     if entry.distilled is not None:
         data = entry.distilled.provenance.get("data")

@@ -1,7 +1,7 @@
 """`rmdd transfer`: train students with different towers on a distilled set (cross-architecture generalisation).
 
 Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so a
-different encoder embeds the nearest real caption (by cosine, stored with the set) of each embedding. Learned learning
+different encoder embeds real captions instead: those that the set stores as nearest to its embeddings. Learned learning
 rates belong to the set's towers, so every tower has two rows: with learned rates and with rates chosen on val.
 """
 
@@ -277,7 +277,7 @@ def prepare_transfer(
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        same_image = other.model.model_copy(update={"image": run.model.image})  # a different image tower is no misfit
+        same_image = other.model.model_copy(update={"image": run.model.image})  # image towers may differ
         unfit = unbuildable(other) or misfits(entry, same_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if other.model == run.model:

@@ -70,7 +70,7 @@ def centroids_of(ranks: WorkerParts, k: int, seed: int, side: slice = slice(None
 def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
     """Return for each of `k` k-means clusters the id of its member nearest to the centroid.
 
-    A cluster without members gives the nearest item that is not chosen yet.
+    For a cluster without members, the nearest item that is not chosen yet is taken.
     """
     if not k:
         return []
@@ -81,9 +81,9 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
 def nearest_members(
     ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
 ) -> list[int]:
-    """Return for each cluster the id of the member nearest to its point; `of_workers` has one result per worker.
+    """Return for each cluster the id of the member nearest to its point, from the result of each worker.
 
-    A cluster without members gives the nearest item that is not chosen yet.
+    For a cluster without members, the nearest item that is not chosen yet is taken.
     """
     best: dict[int, tuple[float, int]] = {}
     for of_worker in of_workers:

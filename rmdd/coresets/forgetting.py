@@ -117,7 +117,7 @@ class ForgettingCounts:
         return order[~never[order]] if never_learned == "exclude" else order
 
     def summary(self) -> dict[str, Any]:
-        """Return the share of records never correct, and how many learned ones have 0, 1, 2, ... forgetting events."""
+        """Return the share of records never correct, and how many of the others have 0, 1, 2, ... forgetting events."""
         never = self.learned == 0
         histogram = torch.bincount(self.events[~never].long(), minlength=1).tolist()
         return {"never_learned": float(never.float().mean()), "records_by_events": histogram, **self.facts}
@@ -142,7 +142,7 @@ def margins(
 ) -> Float32[Tensor, " T"]:
     """Return the margin of each caption record: its image-text cosine minus the best cosine with rivals in the pool.
 
-    The margin is the smaller of the two retrieval directions. The model is scored in eval mode; its mode is restored.
+    The margin is that of the worse retrieval direction. The model is scored in eval mode; its mode is restored.
     """
     split, image_of = prepared.split, prepared.split.image_of
     was_training = model.training
@@ -180,5 +180,5 @@ def _best(
     image: Int[Tensor, " Q"],
     rival_image: Int[Tensor, " P"],
 ) -> Float[Tensor, " Q"]:
-    """Return the best cosine of each query with a rival of a different image; `image` and `rival_image` are indices."""
+    """Return the best cosine of each query with a rival of a different image, given the image indices of both."""
     return (queries @ rivals.T).masked_fill(image[:, None] == rival_image, -torch.inf).amax(dim=1)

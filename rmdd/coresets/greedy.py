@@ -22,7 +22,7 @@ Start = Literal["random", "mean"]
 
 
 def checked(ranks: WorkerParts) -> Check:
-    """Check the rows of all ranks. Raises `ValueError` without rows, or if a row is zero or not finite."""
+    """Check the feature rows of all workers. Raises `ValueError` without rows, or if a row is zero or not finite."""
     checks: list[Check] = ranks.call("check")
     bad = sum(c.bad for c in checks)
     if bad:
@@ -37,7 +37,7 @@ def checked(ranks: WorkerParts) -> Check:
 
 
 def mean(ranks: WorkerParts, largest: float) -> Float64[np.ndarray, " D"]:
-    """Return the mean of all rows that were not dropped; bit-identical for any order of rows and number of ranks.
+    """Return the mean of all rows that were not dropped; bit-identical for any order of rows and number of workers.
 
     `largest` is the largest absolute value of the rows.
     """

@@ -2,8 +2,8 @@
 
 A row is an image embedding followed by a text embedding. Images and texts are clustered separately, into K k-means
 clusters each. The Hungarian algorithm matches image clusters to text clusters so that as many rows as possible lie in
-both clusters of a match. The prototype of a match is the mean of these common rows, and the common row nearest to it is
-chosen. For a match without common rows the prototype is its two centroids, and the nearest row not yet chosen is taken.
+two matched clusters. The prototype of two matched clusters is the mean of their common rows; the common row nearest to
+it is chosen. Without common rows, the prototype is the two centroids, and the nearest row not yet chosen is taken.
 
 N rows, D features, K clusters of images and of texts.
 """
@@ -20,10 +20,10 @@ from rmdd.execution.parts import WorkerParts
 
 
 def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
-    """Choose `k` rows; return their ids, the match with most common rows first, and statistics of the matching.
+    """Choose a row per pair of matched clusters; return ids (most common rows first) and statistics of the matching.
 
-    The first `image_width` columns are the image embedding. Statistics: `overlap` (share of rows in both clusters of a
-    match) and `empty` (number of matches without a common row).
+    The first `image_width` columns are the image embedding. Statistics: `overlap` (share of rows that lie in two
+    matched clusters) and `empty` (number of pairs of matched clusters without a common row).
     """
     if not k:
         return [], {"overlap": 0.0, "empty": 0}
@@ -49,9 +49,9 @@ def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
 def _prototypes(
     ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, fallback: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
-    """Return for every match the mean of its common rows, or its row of `fallback` if there are none.
+    """Return for each pair of matched clusters the mean of their common rows, or without any, its row of `fallback`.
 
-    The result is bit-identical for any order of rows and number of ranks.
+    The result is bit-identical for any order of rows and number of workers.
     """
     largest = checked(ranks).largest
     size = math.ceil(math.log2(largest)) + 1

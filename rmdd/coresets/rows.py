@@ -84,7 +84,7 @@ class Rows:
         return max(1, CHUNK_BYTES // (4 * max(1, self.width)))
 
     def share(self, rank: int, size: int) -> "Rows":
-        """Return the consecutive rows that belong to rank number `rank` of `size` ranks."""
+        """Return the consecutive rows that belong to worker number `rank` of `size` workers."""
         count = len(self)
         return self.between(count * rank // size, count * (rank + 1) // size)
 

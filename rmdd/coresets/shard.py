@@ -1,9 +1,9 @@
-"""The feature rows of one rank, and the operations on rows that selection methods use.
+"""The feature rows of one worker, and the operations on rows that selection methods use.
 
 The result for a row is computed from that row alone (`numpy.vecdot` computes one dot product per row), so results are
-bit-identical for any chunk size, number of ranks and order of rows. One exception: the assignment of rows to clusters
-uses a matrix product, whose rounding can decide between two centroids at nearly equal distance. N rows of this rank, D
-features, K centroids, C centres.
+bit-identical for any chunk size, number of workers and order of rows. One exception: the assignment of rows to clusters
+uses a matrix product, whose rounding can decide between two centroids at nearly equal distance. N rows of this worker,
+D features, K centroids, C centres.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ MAX_SHOWN = 5
 
 
 class Best(NamedTuple):
-    """The row with the largest value in a search: this value, the id of the row, and its features."""
+    """Result of a search for the row with the largest value: the value, the id of the row, and its features."""
 
     value: float
     id: int
@@ -31,7 +31,7 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """Result of checking that the rows of one rank are finite and not zero."""
+    """Result of checking that the rows of one worker are finite and not zero."""
 
     rows: int
     """Number of rows checked."""
@@ -44,7 +44,7 @@ class Check:
 
 
 class Shard:
-    """The feature rows of one rank. Dropped rows are ignored everywhere; taken rows cannot be chosen again."""
+    """The feature rows of one worker. Dropped rows are ignored everywhere; taken rows cannot be chosen again."""
 
     def __init__(self, rows: Rows, chunk: int | None = None):
         self.rows, self.chunk = rows, chunk
@@ -87,12 +87,12 @@ class Shard:
         return np.sort(self.rows.ids[self.included])
 
     def drop(self, ids: Ids) -> None:
-        """Drop those rows of this rank whose id is in `ids`."""
+        """Drop the rows of this worker whose id is in `ids`; later operations ignore them."""
         positions = self._positions(ids)
         self.included[positions] = self.free[positions] = False
 
     def take(self, ids: Ids) -> None:
-        """Mark those rows of this rank whose id is in `ids` as taken."""
+        """Mark the rows of this worker whose id is in `ids` as taken."""
         self.free[self._positions(ids)] = False
 
     def release(self) -> None:
@@ -100,7 +100,7 @@ class Shard:
         self.free, self._near = self.included.copy(), None
 
     def rows_of(self, ids: Ids) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]:
-        """Return the ids among `ids` whose rows this rank has, and the rows."""
+        """Return those of the `ids` whose rows belong to this worker, and these rows."""
         positions = self._positions(ids)
         return self.rows.ids[positions], self.rows.at(positions)
 
@@ -180,7 +180,7 @@ class Shard:
         return self.rows.ids[self.included], label[self.included], distance[self.included]
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
-        """Return for each cluster the squared distance and id of this rank's row nearest to the centroid."""
+        """Return for each cluster the squared distance and id of this worker's row nearest to the centroid."""
         return _first_of(*self.assigned(centroids))
 
     # -- clusters of images and of texts -------------------------------------------------------------------------
@@ -260,5 +260,5 @@ def best_of(candidates: Iterable[Best | None]) -> Best | None:
 
 
 def split_rows(rows: Rows, ranks: int = 1, chunk: int | None = None) -> LocalParts:
-    """Divide rows into `ranks` consecutive shares, one for each rank; all ranks are in this process."""
+    """Divide rows into `ranks` consecutive shares, one for each worker; all workers are in this process."""
     return LocalParts([Shard(rows.share(rank, ranks), chunk) for rank in range(ranks)])

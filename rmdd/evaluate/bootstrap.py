@@ -25,7 +25,7 @@ METRICS = (*(f"IR@{k}" for k in KS), *(f"TR@{k}" for k in KS), "R@mean")
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric over a gallery with its confidence bounds, in percent; for a difference, in percentage points."""
+    """A retrieval metric and its confidence bounds in percent, or a difference of metrics in percentage points."""
 
     mean: float
     low: float

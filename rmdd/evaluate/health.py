@@ -16,7 +16,7 @@ from torch import Tensor
 from rmdd.core.seeding import derive, generator
 
 EXACT = 10_000
-"""Up to this number of embeddings, statistics use all pairs of embeddings; above it, `SAMPLE` random pairs."""
+"""Largest number of embeddings for which statistics use all pairs of embeddings; for more, `SAMPLE` random pairs."""
 
 SAMPLE = 1_000_000
 MAX_PROBE_PAIRS = 2_000
@@ -26,8 +26,8 @@ NEIGHBOURS = 10
 CHUNK = 1024
 
 COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
-"""Thresholds of `collapsed` (our choice). It warns if the mean cosine of a set has moved from that of random pairs
-towards 1 by more than the first share, or if its effective rank is below the second share of that of random pairs."""
+"""Thresholds of `collapsed` (our choice). It warns if the mean cosine exceeds that of random pairs by more than the
+first share of the distance to 1, or if the effective rank divided by that of random pairs is below the second share."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
@@ -93,7 +93,7 @@ def stripes(similarity: Float[Tensor, "M M"]) -> float:
 
 
 def collapsed(row: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
-    """Return warnings if statistics (`row`) of a set, compared with those of random pairs (`real`), show collapse."""
+    """Compare the statistics of a set (`row`) with those of random pairs (`real`); return warnings of a collapse."""
     warnings = []
     if row["unusable"]:
         warnings.append(f"{row['unusable']:.0f} of {row['pairs']:.0f} pairs have a zero or non-finite embedding")
@@ -138,7 +138,7 @@ def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
 
 
 def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
-    """Return log mean exp(-2 d^2) over all i != j; d is the distance from row i of `a` to row j of `b`, of norm 1."""
+    """Return log mean exp(-2 d^2) over i != j; d is the distance of row i of `a` to row j of `b`, both of norm 1."""
     n = len(a)
     if n > EXACT:
         first, second = (index.to(a.device) for index in _random_pairs(n, seed, "uniformity"))
@@ -159,7 +159,7 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
-    """Count for each candidate how many queries have it among their ten nearest; return the skewness of the counts."""
+    """Count how many queries have each candidate among their ten nearest ones; return the skewness of the counts."""
     from scipy.stats import skew  # importing scipy at the top would slow down every start by a second
 
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)

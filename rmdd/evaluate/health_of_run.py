@@ -1,4 +1,4 @@
-"""Health of a run's embeddings: whether its snapshots have collapsed, compared with random real pairs and val."""
+"""Health report: whether the embeddings of a run's snapshots have collapsed, compared with those of real pairs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,11 +30,11 @@ def health_report(
     chunk: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Return the content of `health.json`: statistics of each snapshot, random pairs and val; and warnings.
+    """Return the content of `health.json`: warnings, and the statistics of each snapshot, random pairs and val.
 
     `sets` lists the snapshots, oldest first. A snapshot holds the iteration of each phase and the subsets of all
-    phases, whose pairs are pooled. Reference values for the last snapshot come from the first pairs of draw 0 of the
-    random-pairs baseline, as many as the snapshot has. `seed` is the seed of the evaluation.
+    phases; its statistics are those of all its pairs. The last snapshot is compared with equally many random pairs, the
+    first ones of draw 0 of the random-pairs baseline. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 

@@ -61,7 +61,7 @@ class Job:
     loss: str = ""
     lr: float = 0.0
     augment: str = ""
-    """Name of the students' augmentation, for the kinds own, soft_tune and soft; empty: the run's augmentation."""
+    """Augmentation of the student, set only for the kinds own, soft_tune and soft; if empty, the run's is used."""
 
     @property
     def name(self) -> str:
@@ -129,7 +129,7 @@ class StudentProtocol:
 
     @property
     def updates(self) -> int:
-        """Number of SGD steps of a student of the distilled set; students of random pairs take equally many."""
+        """Number of SGD steps of a student trained on the distilled set, and of one trained on random pairs."""
         return updates(self.rule, self.phase_pairs)
 
 
@@ -157,14 +157,14 @@ def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> l
 
 
 def with_hard_labels(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
-    """Return `pairs` with identity similarity and the given learning rates, to score only images and texts."""
+    """Return `pairs` with identity similarity and the given learning rates, so that only images and texts matter."""
     return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
 def soft_pairs(
     protocol: StudentProtocol, train: PreparedSplit, draw: int, lr: float, teacher: DualEncoder, device: torch.device
 ) -> TrainingPairs:
-    """Return random real pairs, with similarity sigmoid(cosine / temperature) if the distilled set has a similarity.
+    """Return random real pairs, with similarity sigmoid(cosine / temperature) if the distilled set learned one.
 
     `teacher`, an expert after its last epoch, computes the cosines.
     """

@@ -1,11 +1,11 @@
-"""How the released code of each paper trains and scores students, reproduced with its mistakes.
+"""Protocols that train and score students as the released code of each paper does, including its mistakes.
 
 `evaluate.reference` selects one protocol. The score of this protocol, `test_best_reference`, is only compared with the
 paper's tables and never used for a choice. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
 passes for E = 100.
 
-All protocols use SGD, an image tower that starts from the same weights, new heads, temperature 0.07 even if the set was
-distilled with a different one, and the test split.
+All protocols use SGD, the initial image tower of the run, new heads, the test split, and temperature 0.07 even if the
+set was distilled with a different temperature.
 """
 
 from collections.abc import Sequence

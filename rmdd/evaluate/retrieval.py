@@ -136,7 +136,7 @@ def ranks(
 
 
 def ranks_from_scores(scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], chunk: int = 256) -> Ranks:
-    """Return the ranks for a matrix of scores; a higher score means closer, and scores keep their own precision."""
+    """Return the ranks for a matrix of scores, which keep their precision; the highest score ranks first."""
     num_images, num_texts = scores.shape
     image_of = _checked(image_of, num_images, num_texts, scores.device)
     if bad := int((~scores.isfinite()).sum()):
@@ -151,14 +151,14 @@ def recalls(
     ks: Sequence[int] = KS,
     chunk: int = 256,
 ) -> Recalls:
-    """Return the recalls at each cut-off K in `ks`, from embeddings; `ranks` describes the other arguments."""
+    """Return the recalls at each cut-off K in `ks`, from embeddings; for the arguments see `ranks`."""
     return ranks(images, texts, image_of, chunk).recalls(ks)
 
 
 def recalls_from_scores(
     scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], ks: Sequence[int] = KS, chunk: int = 256
 ) -> Recalls:
-    """Return the recalls at each cut-off K in `ks`, from a matrix of scores; a higher score means closer."""
+    """Return the recalls at each cut-off K in `ks`, from a matrix of scores; the highest score ranks first."""
     return ranks_from_scores(scores, image_of, chunk).recalls(ks)
 
 
@@ -196,8 +196,8 @@ def _captions_of(image_of: Int[Tensor, " T"], num_images: int) -> Int[Tensor, "I
 def _ranks(
     rows: Rows, positives_QP: Int[Tensor, "Q P"], chunk: int
 ) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"], Int[Tensor, " Q"]]:
-    """Return for each query: the 0-based rank of its best positive with ties counted against it, the number of wrong
-    candidates that tie with it, and the number of positives that share its score."""
+    """Return three values per query: the rank (from 0) of its best correct candidate, with ties counted against it; how
+    many wrong candidates tie with that candidate; and how many correct candidates have the same score."""
     pessimistic, ties, best_positives = [], [], []
     for start in range(0, len(positives_QP), chunk):
         score_qC = rows(start, start + chunk)
@@ -223,8 +223,8 @@ def _recall(pessimistic: Tensor, ties: Tensor | None, ks: Sequence[int]) -> tupl
 
 
 def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> Rows:
-    # A matrix product may round equal candidates differently at different positions, so each distinct one is scored
-    # once.
+    # A matrix product may round equal candidates differently at different positions, so each distinct candidate
+    # is scored once.
     distinct, which = _distinct(candidates)
     if len(distinct) == len(candidates):
         return lambda a, b: queries[a:b] @ candidates.T
@@ -232,7 +232,7 @@ def _scorer(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "C D"]) -> 
 
 
 def _distinct(rows: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "_ D"], Int[Tensor, " C"]]:
-    """Return the rows with distinct bits, and for each input row the index of the equal row among them.
+    """Return the input rows without duplicates, and for each input row its index in this result.
 
     Equal rows are found by a hash; rows with equal hashes are then compared.
     """

@@ -25,7 +25,7 @@ from rmdd.evaluate.protocol import Job, StudentProtocol, best_by_val
 from rmdd.evaluate.retrieval import Ranks
 
 AUGMENT = "dsa"
-"""Augmentation of the augmented students in the score ARS, if the students of the run are not augmented."""
+"""Augmentation with which the score ARS trains its augmented students if the run sets no augmentation."""
 W, GAMMA = 0.5, 0.5
 
 
@@ -50,7 +50,7 @@ def ars(aug: float, noaug: float, gamma: float = GAMMA) -> float:
 
 
 def augmentations(augment: str) -> tuple[str, str]:
-    """Return the augmentation of augmented and of unaugmented students, if the run sets the augmentation `augment`."""
+    """Return the two augmentations that the score ARS compares: the run's `augment` (by default `AUGMENT`) and none."""
     return (AUGMENT if augment == "none" else augment), "none"
 
 

@@ -53,7 +53,7 @@ def choices_section(
     baseline: tuple[str, float],
     tried: Mapping[tuple[str, float], float],
 ) -> dict[str, Any]:
-    """Return what was chosen on val: the set's snapshot, and loss and learning rate of the random-pairs baseline.
+    """Return the choices made on val: the snapshot of the set, and the loss and learning rate of the random baseline.
 
     `curve` maps snapshots, and `tried` maps (loss, learning rate), to their mean R@mean on val.
     """
@@ -141,7 +141,7 @@ def size(rule: config.Distill, stored_size: int, text_width: int) -> dict[str, A
 def measured_cost(
     runtime: config.Runtime, logs: Sequence[Path], store_bytes: int, steps: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the measured cost: seconds per iteration, hours, GPU-hours, bytes of experts. Repeated runs differ in it.
+    """Return the measured cost, which varies between equal runs: seconds per iteration, GPU-hours, bytes of experts ...
 
     `distill_gpu_hours` counts the GPUs of one worker during each iteration. `gpu_hours` counts all GPUs of the run
     during all steps (ingest, experts, distill ...), busy or idle.

@@ -1,4 +1,4 @@
-"""Tests of `rmdd transfer`: learning rates and texts for other towers, the two tables, and towers that are rejected."""
+"""Tests of `rmdd transfer`: learning rates and texts of different towers, the two tables, and rejected towers."""
 
 import json
 import statistics

@@ -95,11 +95,11 @@ def test_captions_of_one_image_are_drawn_together():
 
 
 def test_95_percent_intervals_cover_the_true_value_in_95_percent_of_cases():
-    """Draw 300 galleries of 80 images with a known hit rate, and count how often the interval contains it."""
+    """Draw 300 galleries of 80 images with a known hit rate, and count how often the interval contains this rate."""
     g = torch.Generator().manual_seed(2)
     covered = 0
     for _ in range(300):
-        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # for each image: how likely a caption is a hit
+        rate = 0.2 + 0.4 * torch.rand(80, 1, generator=g)  # the probability that a caption of an image is a hit
         miss = torch.rand(80, 5, generator=g) > rate
         result = interval(
             [Ranks(50 * miss.flatten(), torch.zeros(80, dtype=torch.int64), torch.arange(80).repeat_interleave(5))],

@@ -1,4 +1,4 @@
-"""Tests of the statistics of embedding health: equal results of a slow implementation, and extreme inputs."""
+"""Tests that compare the health statistics of embeddings with a slow implementation and check extreme inputs."""
 
 import itertools
 import math

@@ -309,7 +309,7 @@ def test_collapsed_and_duplicate_embeddings_never_score_above_chance(case):
             limit = by_chance[metric]
         elif (
             "collapsed" in name and metric != "R@mean"
-        ):  # all queries rank the candidates equally, and the first K candidates belong to K images
+        ):  # all queries rank the candidates equally, and the first K candidates belong to K different images
             limit = 100 * int(metric.partition("@")[2]) / 60 + 1e-9
         else:
             limit = by_chance[metric] + spread[metric]

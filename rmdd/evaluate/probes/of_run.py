@@ -48,7 +48,7 @@ PROBED_KINDS = ("student", "baseline", "full")
 PROBE_MODULES: dict[str, ModuleType] = {"zero_shot": zero_shot, "vqa": vqa}
 RECALLS = [f"{side}R@{k}" for side in "IT" for k in (1, 5, 10)] + ["R@mean"]
 CHECKED_IMAGES = 64
-"""Number of images per probe that are looked for before a run starts; at least one of them must exist."""
+"""Number of image files per probe whose existence is checked before a run starts; at least one must exist."""
 
 _UNCHANGED = config.Captions(lowercase=False, strip_punctuation=False, max_words=None)
 
@@ -288,7 +288,7 @@ def remarks(name: str, facts: dict[str, Any]) -> list[str]:
 def _questions(
     captions: config.Captions, probe: Probe, data: Any, split: Split, trained_on: frozenset[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the content of a probe that decides its scores (such as classes and prompts), and the facts to report."""
+    """Return the data that affect the scores of a probe (such as classes and prompts), and the facts to report."""
     if isinstance(probe, config.ZeroShot):
         questions = zero_shot.task_of(probe, data, captions, split)
         return questions, zero_shot.facts(questions)

@@ -1,4 +1,4 @@
-"""COCO-QA as retrieval: each candidate answer gives a sentence; sentences are ranked by their cosine with the image.
+"""COCO-QA as retrieval: question and candidate answer form a sentence; sentences are ranked by cosine with the image.
 
 Candidates are all distinct answers of COCO-QA. A student may guess an answer from the question without looking
 at the image, so two baselines are reported: `blind`, the same student with all images replaced by their mean embedding,
@@ -63,14 +63,14 @@ def task_of(
 
 
 def picture(pair_id: str) -> str:
-    """Map the ids of a COCO image in the 2014 and 2017 releases to one name; keep the ids of non-COCO images."""
+    """Return one name for the 2014 and the 2017 id of a COCO image; return ids of other images unchanged."""
     name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
     return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return ACC@K, in total and per question type, if questions get the most frequent train answers of their type."""
+    """Return ACC@K, in total and per question type, of answering with the most frequent train answers of the type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1

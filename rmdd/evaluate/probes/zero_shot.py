@@ -136,7 +136,7 @@ def facts(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentences(task: dict[str, Any]) -> list[list[str]]:
-    """Return the sentences to embed, the prompts of all classes, as a list with one block."""
+    """Return a list with a single block of sentences to embed: the prompts of all classes."""
     return [[prompt for prompts in task["prompts"] for prompt in prompts]]
 
 

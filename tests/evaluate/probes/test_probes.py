@@ -197,7 +197,7 @@ def test_random_towers_answer_by_chance(tmp_path, ready):
 def test_random_towers_retrieve_by_chance(tmp_path, ready):
     letters = np.random.default_rng(0)
 
-    def random_caption(image, n):  # random letters, as similar captions would get similar ranks
+    def random_caption(image, n):  # random letters, because similar captions would get similar ranks
         return bytes(letters.integers(97, 123, 30, dtype=np.uint8)).decode()
 
     formats.textcaps(tmp_path, "val", [f"{i:016x}" for i in range(30)], say=random_caption)
