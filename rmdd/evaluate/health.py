@@ -16,7 +16,7 @@ from torch import Tensor
 from rmdd.core.seeding import derive, generator
 
 EXACT = 10_000
-"""Largest number of embeddings for which statistics use all pairs of embeddings; for more, `SAMPLE` random pairs."""
+"""Up to this many embeddings, the statistics use all pairs of embeddings; beyond it, `SAMPLE` random pairs."""
 
 SAMPLE = 1_000_000
 MAX_PROBE_PAIRS = 2_000
@@ -26,8 +26,8 @@ NEIGHBOURS = 10
 CHUNK = 1024
 
 COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
-"""Thresholds of `collapsed` (our choice). It warns if the mean cosine exceeds that of random pairs by more than the
-first share of the distance to 1, or if the effective rank divided by that of random pairs is below the second share."""
+"""`collapsed` warns if the mean cosine exceeds c, that of random pairs, by more than `COSINE_LIMIT` * (1 - c), or if
+the effective rank divided by that of random pairs is below `RANK_LIMIT`. Both limits are our choice."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
@@ -46,7 +46,7 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
     - `separability`: five-fold accuracy of a linear probe that separates images from texts; 0.5 is chance
     - `rank_image`, `rank_text`: effective rank, exp of the entropy of the normalised singular values of the centred
       rows; 0 if collapsed
-    - `hubness_image`, `hubness_text`: skewness of how often a row is among the ten nearest of the other modality's rows
+    - `hubness_image`, `hubness_text`: skewness of how many rows of the other modality have a row among their nearest 10
     """
     usable = images.isfinite().all(1) & texts.isfinite().all(1) & (images != 0).any(1) & (texts != 0).any(1)
     row = {"pairs": float(len(images)), "unusable": float((~usable).sum())}
@@ -159,7 +159,7 @@ def _effective_rank(rows: Tensor) -> float:
 
 
 def _hubness(queries: Tensor, candidates: Tensor) -> float:
-    """Count how many queries have each candidate among their ten nearest ones; return the skewness of the counts."""
+    """Count for each candidate the queries that have it among their ten nearest; return the counts' skewness."""
     from scipy.stats import skew  # importing scipy at the top would slow down every start by a second
 
     k, n = min(NEIGHBOURS, len(candidates)), len(candidates)

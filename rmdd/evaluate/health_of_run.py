@@ -33,8 +33,8 @@ def health_report(
     """Return the content of `health.json`: warnings, and the statistics of each snapshot, random pairs and val.
 
     `sets` lists the snapshots, oldest first. A snapshot holds the iteration of each phase and the subsets of all
-    phases; its statistics are those of all its pairs. The last snapshot is compared with equally many random pairs, the
-    first ones of draw 0 of the random-pairs baseline. `seed` is the seed of the evaluation.
+    phases; its statistics are those of all its pairs. The last snapshot is compared with as many random
+    pairs, taken from the start of draw 0 of the random-pairs baseline. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol: students trained on the distilled set, on random pairs, and experts trained on all data.
+"""The evaluation protocol: students trained on the distilled set or on random pairs, experts trained on all data.
 
 Each job trains and scores one student. Jobs are independent, so they can run in parallel:
 
@@ -61,7 +61,7 @@ class Job:
     loss: str = ""
     lr: float = 0.0
     augment: str = ""
-    """Augmentation of the student, set only for the kinds own, soft_tune and soft; if empty, the run's is used."""
+    """Augmentation of the student, set only for the kinds own, soft_tune and soft; empty: as in the run."""
 
     @property
     def name(self) -> str:
@@ -124,12 +124,12 @@ class StudentProtocol:
 
     @property
     def reference(self) -> Reference | None:
-        """The protocol of a paper's released code by which the distilled set is scored in addition, or None."""
+        """The protocol of a paper's released code for an additional score of the distilled set, or None."""
         return reference_of(self.rule, self.method, self.loss, self.temperature)
 
     @property
     def updates(self) -> int:
-        """Number of SGD steps of a student trained on the distilled set, and of one trained on random pairs."""
+        """Number of SGD steps of a student, which is equal for the distilled set and for random pairs."""
         return updates(self.rule, self.phase_pairs)
 
 
@@ -151,13 +151,13 @@ def random_pairs(protocol: StudentProtocol, train: PreparedSplit, draw: int, lr:
 
 
 def random_records(train: PreparedSplit, budget: int, seed: int, draw: int) -> list[int]:
-    """Return the indices of `budget` random captions of the train split, or of all if the split has fewer."""
+    """Return the indices of `budget` random captions of the train split, or of all captions if the split has fewer."""
     random = generator(seed, "random pairs", draw)
     return torch.randperm(len(train.split.captions), generator=random)[:budget].tolist()
 
 
 def with_hard_labels(pairs: TrainingPairs, lr_image: float, lr_text: float) -> TrainingPairs:
-    """Return `pairs` with identity similarity and the given learning rates, so that only images and texts matter."""
+    """Return `pairs` with identity similarity and the given learning rates in place of any learned ones."""
     return replace(pairs, similarity=torch.eye(len(pairs.images)), lr_image=lr_image, lr_text=lr_text)
 
 
@@ -333,7 +333,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Return mean, sample standard deviation (None for one record) and count of each metric in the section `key`."""
+    """Return mean, sample standard deviation (None for one record) and count of metrics in each record's `key`."""
     rows = [r[key] for r in records]
     return {
         metric: {

@@ -136,7 +136,7 @@ def ranks(
 
 
 def ranks_from_scores(scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], chunk: int = 256) -> Ranks:
-    """Return the ranks for a matrix of scores, which keep their precision; the highest score ranks first."""
+    """Return the ranks for a matrix of scores, without changing their precision; the highest score ranks first."""
     num_images, num_texts = scores.shape
     image_of = _checked(image_of, num_images, num_texts, scores.device)
     if bad := int((~scores.isfinite()).sum()):

@@ -45,7 +45,7 @@ def lrs(hlr: float, ior: float, w: float = W) -> float:
 
 
 def ars(aug: float, noaug: float, gamma: float = GAMMA) -> float:
-    """Return the augmentation-robust score ARS (0 to 100); `aug`, `noaug`: the IOR with and without augmentation."""
+    """Return the augmentation-robust score ARS (0 to 100) from IOR with (`aug`) and without (`noaug`) augmentation."""
     return scaled(gamma * aug + (1 - gamma) * noaug)
 
 

@@ -72,7 +72,7 @@ class StudentSchedule:
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "StudentSchedule":
-        """Return the schedule of the section `evaluate` of a run file; learning rates drop after half of the passes."""
+        """Return the schedule set by the section `evaluate` of a run; learning rates drop after half of the passes."""
         return cls(
             epochs=rule.epochs,
             batch=rule.batch,

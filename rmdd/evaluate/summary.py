@@ -18,7 +18,7 @@ FLOAT = 4
 """Number of bytes of a float32 number."""
 
 ROWS = {"random": "baseline", "": "student", "full": "full"}
-"""Kind of jobs whose scores fill each row of the result table; the row "" gets the name of the method."""
+"""Kind of jobs whose scores fill each row of the result table; in the table, the row "" has the name of the method."""
 
 
 def by_kind(rows: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

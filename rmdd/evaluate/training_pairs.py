@@ -1,4 +1,4 @@
-"""Files of training pairs that a comparison takes from outside its run: sets of different runs, and coresets.
+"""Files of training pairs that a comparison takes from outside its run: distilled sets of different runs, and coresets.
 
 The name of a file is a hash of its content. `.safetensors` files hold learned pairs (see `rmdd.distill.sets`) with the
 full similarity matrix; `.json` files list caption records of the train split.

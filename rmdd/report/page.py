@@ -37,7 +37,7 @@ RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
 GALLERY = 60  # maximum number of pairs in the gallery
 EXACT_BYTES = 1_500_000  # galleries with fewer bytes of pixels are stored losslessly as PNG
 SIDE = 96  # side in pixels of the images of larger galleries, stored as JPEG
-STRONGEST = 3  # number of strongest links between different pairs that are listed under a heat map
+STRONGEST = 3  # number of largest off-diagonal similarities that are listed under a heat map
 
 
 def write_report(
@@ -211,7 +211,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
 
 
 def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, for each probing task of the evaluation, its students' scores, description (`facts`) and baselines."""
+    """Return, for each probe (extra evaluation task), the students' scores, the description (`facts`) and baselines."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     return [
         {
@@ -281,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Return, for each subset, a heat map, the value ranges and the largest off-diagonal entries of its similarity."""
+    """Return a heat map, the value ranges and the largest off-diagonal entries of each subset's similarity matrix."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -313,7 +313,7 @@ def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of the metrics log at `path` without a truncated last one; no lines if no file exists."""
+    """Return the lines of the metrics log at `path`, except a truncated last line; none if the file does not exist."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -349,7 +349,7 @@ def _val_plots(epochs: int, evaluation: dict[str, Any]) -> list[Markup]:
 
 
 def _speed(lines: list[dict[str, Any]]) -> float | None:
-    """Return the median seconds per iteration over the lines of a metrics log; None if no line has the time."""
+    """Return the median seconds per iteration over the lines of a metrics log; None if no line contains this time."""
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds) if seconds else None
 

@@ -77,7 +77,7 @@ def _inline(svg: str, title: str) -> str:
 
 
 def results(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Draw one horizontal bar per (name, mean, spread) in `rows`; a spread of NaN draws no error bar."""
+    """Draw one horizontal bar per (name, mean, spread) in `rows`; if a spread is NaN, its bar has no error bar."""
     drawing = Drawing("R@mean on test", size=(6.4, 0.5 + 0.42 * len(rows)))
     ax, colours = drawing.ax, [REST, IMAGE, FULL]
     with matplotlib.rc_context(STYLE):
@@ -125,7 +125,7 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
-    """Draw val R@mean of the set's snapshots over the iterations of the longest phase; mark the exported snapshot."""
+    """Draw val R@mean of the set's snapshots against iterations of the longest phase; mark the exported snapshot."""
     drawing = Drawing("choice of the exported snapshot", "iterations", "val R@mean")
     points = sorted((max(v["iterations"]), v["R@mean"], list(v["iterations"]) == list(chosen)) for v in val)
     with matplotlib.rc_context(STYLE):
@@ -137,7 +137,7 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student over its training passes; dotted lines mark changes to the next subset."""
+    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next subset."""
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):
@@ -154,7 +154,7 @@ def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels:
 
 
 def tuning(val: Sequence[Mapping[str, Any]]) -> str:
-    """Draw val R@mean of students on random pairs over the learning rates that were tried, with one line per loss."""
+    """Draw val R@mean of students trained on random pairs against the learning rate, with one line per loss."""
     drawing = Drawing("random pairs, tuned on val", "student learning rate", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for loss, colour in zip(dict.fromkeys(v["loss"] for v in val), (REST, TEXT, FULL), strict=False):

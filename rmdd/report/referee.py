@@ -1,4 +1,4 @@
-"""Tables of the report next to the result table: bootstrap intervals, the gain from picking the best pass on test,
+"""Tables of the report after the result table: bootstrap intervals, the gain from picking the best pass on test,
 LRS/ARS scores, and cost.
 
 A table is left out if the evaluation has no numbers for it.

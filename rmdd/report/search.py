@@ -1,4 +1,4 @@
-"""Write the HTML page of a hyperparameter search: trials, importance of each field, and val R@mean over each field."""
+"""Write the HTML page of a hyperparameter search: trials, importance of fields, val R@mean by field."""
 
 import json
 from collections import Counter
@@ -40,8 +40,8 @@ def write_page(
 ) -> None:
     """Write the HTML page of a search of run `name`. The page loads no URL.
 
-    `best` holds the numbers of the best trials; `shares` holds, per field, the share of the variance of val R@mean that
-    the field explains.
+    `best` holds the trial numbers of the best trials; `shares` holds, per field, the share of the variance of val
+    R@mean that the field explains.
     """
     title = f"search: {name}"
     counts = Counter(row["state"] for row in rows)
@@ -104,7 +104,7 @@ def importance(shares: Mapping[str, float]) -> str:
 
 
 def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) -> str:
-    """Draw val R@mean over one field of the search; unfinished trials are grey, and the best have a ring."""
+    """Draw val R@mean against one field of the search; unfinished trials are grey, and the best have a ring."""
     drawing = Drawing(field, "", "val R@mean")
     rows = [row for row in rows if field in row["values"] and row["val"] is not None]
     choices = [json.dumps(choice) for choice in dimension.choice or ()]
@@ -140,7 +140,7 @@ def log_ticks(low: float | int, high: float | int, integer: bool = False) -> lis
 
 
 def front(cost: str, done: Rows, best: Sequence[int]) -> str:
-    """Draw val R@mean over the cost of each trial, with a ring around the trials on the Pareto front."""
+    """Draw val R@mean against the cost of each trial, with a ring around the trials on the Pareto front."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
         _trials(drawing, [row["cost"][cost] for row in done], done, best)

@@ -118,7 +118,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
-    """Draw the measurements by which phases were planned: experts' gain on val, straightness, gradient cosines."""
+    """Draw what phases were planned from: gain on val and straightness of expert trajectories, gradient cosines."""
     signals = plan["signals"]
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))

@@ -116,7 +116,7 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
 def fetch_pretrained(run: config.Run) -> None:
     """Download the pretrained models that the distillation method needs.
 
-    Raises `ConfigError` that lists all models that are unavailable.
+    Raises a `ConfigError` that lists all models that are unavailable.
     """
     method = methods.method_of(run)
     if mistakes := method.faults():

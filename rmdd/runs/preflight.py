@@ -35,7 +35,7 @@ EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
 def problems_of(run: config.Run) -> list[str]:
     """Return the messages of all problems that would stop a run and that can be detected before it starts.
 
-    Such problems are unavailable encoders or models, phases over budget and unreadable files of probes (extra tests).
+    Examples: unavailable encoders or models, phases over budget, unreadable files of probes (extra evaluations).
     """
     mistakes = []
     try:
@@ -51,7 +51,7 @@ def problems_of(run: config.Run) -> list[str]:
 
 
 def storage_faults(run: config.Run) -> list[str]:
-    """Return an error message if a different release of rmdd wrote the storage; nothing if it is unreachable."""
+    """Return an error message if a different release of rmdd wrote the storage; none if the storage is unreachable."""
     with contextlib.suppress(OSError):
         try:
             check_layout(open_storage(run.runtime))

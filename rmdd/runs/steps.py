@@ -164,7 +164,7 @@ class Steps:
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
-            local = SequentialExecutor(run.runtime.threads)  # for methods in which each phase uses all workers
+            local = SequentialExecutor(run.runtime.threads)  # used if each phase needs all workers
             method = methods.method_of(run)
             if not method.iterates:
                 tools = Tools(backend.executor, backend.encoders, backend.open_parts, self.progress)
@@ -272,7 +272,7 @@ class Steps:
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
     def _train(self, items: list[TaskItem]) -> None:
-        """Train experts and retry failed ones. Raises `RuntimeError` that lists the experts that failed every time."""
+        """Train experts and retry failed ones. Raises a `RuntimeError` that lists experts that failed every time."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)

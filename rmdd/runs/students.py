@@ -28,7 +28,7 @@ from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, wi
 
 @dataclass(frozen=True)
 class TrainStudent:
-    """Task: train and score a student, or read the scores of a finished student. Each reads the test split once."""
+    """Task: train and score a student, or read the scores of a finished student. A student reads test once."""
 
     def target(self, item: TaskItem) -> Path:
         return record(item)

@@ -117,13 +117,13 @@ def verify_run(path: Path, check: DiskCheck) -> None:
     verify_records(path, check, "run")
     for log in sorted(path.glob("*.jsonl")):
         check.lines(log)
-    rewrite = "restore the original values in the run file, or start another run"
+    rewrite = "restore the original values in the run file, or start a new run"
     with check.errors_as_faults(path / "run.yaml", rewrite):
         run = config.load(path / "run.yaml")
         if run.distill.plan.plans:
             run = _planned(path / PLAN, run, check)
         if path.name != run.folder_name:
-            check.fault(path / "run.yaml", "describes another run than the folder name", "restore the folder name")
+            check.fault(path / "run.yaml", "describes a different run than the folder name", "restore the folder name")
         if not (path / "set" / distilled.DESCRIPTION).is_file():
             check.unfinished(path)
             return
@@ -133,7 +133,7 @@ def verify_run(path: Path, check: DiskCheck) -> None:
 
 
 def verify_records(path: Path, check: DiskCheck, kind: str) -> None:
-    """Check the JSON files of a folder and its students; `kind` (run, trial ...) names the folder in messages."""
+    """Check the JSON files in a folder and its subfolder `students`; `kind` (run, trial ...) is used in messages."""
     for file in sorted((*path.glob("*.json"), *path.glob("students/*.json"))):
         check.json(file, RECREATE.format(kind))
 

@@ -70,7 +70,7 @@ def facts_of(base: config.Run) -> dict[str, Any] | None:
 
 
 def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
-    """Return a message for each searched field without effect, as the phases are planned or the plan is not used."""
+    """Return a message per searched field without effect: fields of phases if these are planned, else of the plan."""
     if plan.plans:
         return [
             f"search.space.{field}: distill.phases is {plan.kind}, so phases have no fixed values to vary; vary "

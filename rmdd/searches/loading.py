@@ -26,7 +26,7 @@ class TrialLoader:
         return config.load(self.raw | {"search": {}}, overrides(values))
 
     def checked(self, values: Mapping[str, Any]) -> config.Run:
-        """Load a trial; raise `ConfigError` also if it is over budget or needs expert epochs that are not kept."""
+        """Load a trial; raise `ConfigError` if it is invalid, over budget or needs expert epochs that are not kept."""
         run, mistakes = self.load(values), []
         if run.distill.budget_check == "error":
             try:
@@ -56,5 +56,5 @@ class TrialLoader:
 
 
 def shares_experts(space: Iterable[str]) -> bool:
-    """Return whether all trials use the same experts, because `space` varies only fields of the section `distill`."""
+    """Return whether all trials use the same experts: true if `space` varies only fields of the section `distill`."""
     return all(field.split(".")[0] == "distill" for field in space)

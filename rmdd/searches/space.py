@@ -11,10 +11,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from rmdd import config
 
 SECTIONS = ("model", "experts", "distill")
-"""Sections of the run file that a trial may change; data and evaluation must be equal to compare scores."""
+"""Sections of the run file that trials may change; equal data and evaluation keep their scores comparable."""
 
 DRAWS = 48
-"""Number of random draws of the other fields that are tried to find one with which a doubtful value is valid."""
+"""If a value gives an invalid run, up to this many random draws of the other fields are tried with the value."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:

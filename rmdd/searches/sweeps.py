@@ -64,7 +64,7 @@ def members(
     over: Mapping[str, Sequence[Any]],
     settings: Iterable[Mapping[str, Any]] = (),
 ) -> list[Member]:
-    """Return a sweep's runs: one per mapping in `settings` and combination of the values in `over`.
+    """Return a sweep's runs: each mapping in `settings` with each combination of the values in `over`.
 
     Keys are dotted fields. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """

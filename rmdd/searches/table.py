@@ -87,7 +87,7 @@ def _row(loader: TrialLoader, space: Space, trial: FrozenTrial) -> dict[str, Any
 
 
 def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
-    """Return the numbers of the trials that no other trial beats in val R@mean and, unless `cost` is none, in cost."""
+    """Return the number of the trial with the best val R@mean or, unless `cost` is none, those of the Pareto front."""
 
     def key(row: Mapping[str, Any]) -> tuple[float, float]:
         return row["val"], 0.0 if cost == "none" else -row["cost"][cost]
@@ -113,6 +113,6 @@ def _importance(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[str,
             shares = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
             )
-    except (ValueError, RuntimeError):  # raised if no field is in all trials, or if no field varies
+    except (ValueError, RuntimeError):  # Optuna raises this if no field is in all trials, or if no field varies
         return {}
     return {field: float(share) for field, share in shares.items()}

@@ -48,7 +48,7 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
         earlier = config.load(read_json(folder / "search.json")["run"])
         if other := [section for section in hashes if earlier.hash_of(section) != hashes[section]]:
             mistakes.append(
-                f"search.warm_start: {source} has another `{other[0]}` section, so its scores cannot be compared; "
+                f"search.warm_start: {source} has a different `{other[0]}` section, so its scores cannot be compared; "
                 "remove this entry"
             )
             continue

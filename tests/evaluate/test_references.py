@@ -19,8 +19,8 @@ TENS = tuple(range(1, 102, 10))
 BOTH = {"image_tower", "image_head", "text_head"}
 
 # Columns: number of passes, batch sizes of a pass over each subset, learning rates, pass after which they drop,
-# momentum, weight decay, passes after which students are scored, reported scoring, number of students, trained parts,
-# augmentation, loss.
+# momentum, weight decay, passes after which students are scored, reported scoring, number of students, trained parts
+# of the model, augmentation, loss.
 EXPECTED = {
     "lors": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
     "ptm_st": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
@@ -61,7 +61,7 @@ def training_pairs():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Fixture: record the batches and learning rates of a protocol's steps, the scorings, losses and augmentations."""
+    """Fixture: a record of a protocol's calls: batches and learning rates of steps, scorings, losses, augmentations."""
     log = SimpleNamespace(steps=[], optimisers=[], scored=[], losses=Counter(), targets=[], views=Counter(), model=None)
 
     class Recorded(torch.optim.SGD):

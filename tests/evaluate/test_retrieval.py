@@ -285,7 +285,7 @@ def test_images_with_six_captions_use_all_of_them():
 
 
 def broken_embeddings():
-    """Yield embeddings of models that learned nothing, which a wrong rule for ties would score above chance."""
+    """Yield embeddings of models that learned nothing; a wrong rule for ties would score them above chance."""
     g = torch.Generator().manual_seed(0)
     image_of = torch.arange(60).repeat_interleave(5)
     images, texts, row = torch.randn(60, 16, generator=g), torch.randn(300, 16, generator=g), torch.randn(1, 16)

@@ -1,4 +1,4 @@
-"""The HTML report, made from a run folder that the test writes instead of training."""
+"""Tests of the HTML report; the tests write the run folder themselves, without training."""
 
 import math
 import re

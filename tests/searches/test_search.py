@@ -32,7 +32,7 @@ from rmdd.searches.formats import verify
 
 @pytest.fixture(scope="module")
 def shared_search(tmp_path_factory, painted):
-    """Fixture: the result of one search for all tests, its storage, and the names of the splits that it opened."""
+    """Fixture: one search, shared by all tests: its result, its storage and the names of the splits that it opened."""
     storage = tmp_path_factory.mktemp("search")
     opened = []
     with painted(), pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def test_warm_start_copies_the_trials_of_an_earlier_search(shared_search, tmp_pa
     ]
     assert [row["number"] for row in later.table.rows] == [len(done)], "copied trials must not be in the table"
     for wrong, message in (
-        ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has another `evaluate` section"),
+        ({"evaluate": {**TINY["evaluate"], "epochs": 3}}, "has a different `evaluate` section"),
         ({"search": {"space": {"distill.lr_image": LR}, "warm_start": [str(tmp_path)]}}, "no results.json in"),
     ):
         with pytest.raises(config.ConfigError, match=message):

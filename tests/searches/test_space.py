@@ -202,7 +202,7 @@ def test_a_sampler_that_is_created_again_draws_the_same_values(sampler, tmp_path
 
 
 def run_study(base, folder, value):
-    """Run a search with `value(run, step)` as a trial's val R@mean at snapshot `step`, instead of distillation."""
+    """Run a search whose trials score `value(run, step)` on val at snapshot `step`, without distilling anything."""
 
     class FakeTrial:
         def __init__(self, text):

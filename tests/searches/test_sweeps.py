@@ -161,7 +161,7 @@ def test_equal_runs_and_runs_with_other_runtime_settings_are_refused(tmp_path):
 
 
 class Watched(SequentialExecutor):
-    """`SequentialExecutor` that records the name of each piece of work that it runs."""
+    """`SequentialExecutor` that records the name of each task that it runs."""
 
     def __init__(self):
         super().__init__()

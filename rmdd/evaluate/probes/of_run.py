@@ -1,8 +1,8 @@
 """Probes of a run: extra evaluation tasks, prepared once by the main process and then scored for all final students.
 
-Preparing a probe writes `probes/NAME.json` in the run's folder, its images as a dataset, and its embedded sentences to
-the cache. The scores of a student are saved next to the record of the student, in a file named by the hash of the
-probe. The student's weights are saved there too, so that probes added later need no training.
+Preparing a probe writes a description to `probes/NAME.json` in the run's folder, the probe's images to a dataset, and
+its embedded sentences to the cache. A student's scores are saved next to its record, in a file named by the probe's
+hash. The student's weights are saved there too, so that probes added later need no training.
 """
 
 import itertools
@@ -172,7 +172,7 @@ def probe(
     device: torch.device,
     alive: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Return the scores of `model` in percent on the prepared probe `name`; all are 0 if its embeddings collapsed.
+    """Return the scores of `model` in percent on the prepared probe `name`; all 0 if the model's embeddings collapsed.
 
     `alive` is called regularly, so that the backend sees that this worker is alive. The train or eval mode of the model
     is restored.

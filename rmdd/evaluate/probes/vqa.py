@@ -63,14 +63,14 @@ def task_of(
 
 
 def picture(pair_id: str) -> str:
-    """Return one name for the 2014 and the 2017 id of a COCO image; return ids of other images unchanged."""
+    """Return the same name for the 2014 id and the 2017 id of a COCO image; return ids of other images unchanged."""
     name = pair_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     number = name.rsplit("_", 1)[-1] if name.startswith("COCO_") else name
     return f"coco {number}" if len(number) == 12 and number.isdecimal() else pair_id
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return ACC@K, in total and per question type, of answering with the most frequent train answers of the type."""
+    """Return ACC@K, overall and per question type, of a guess that ranks answers by train frequency for the type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1

@@ -73,7 +73,7 @@ def test_zero_shot_equals_a_slow_version(tmp_path, ready):
     probe = zero_shot_probe(tmp_path / "in", {"names": "names.txt", "synonyms": True}, templates="seven", ks=[1, 2, 4])
     run, facts = ready(probe)
     model = tower(run)
-    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # the class names after caption cleaning
+    names = [["marsh heron"], ["crane", "bird"], ["kite"], ["drake"]]  # class names become these after cleaning
     prototypes = []
     for each in names:
         lines = [t.replace("{}", name).replace(".", " ").strip() for name in each for t in zero_shot.TEMPLATES["seven"]]
