@@ -20,8 +20,8 @@ class Setting:
     """Inputs of an analysis: the experts of a run, trained if missing, and the initial pairs of its first phase.
 
     `experts` limits the number of experts, `endpoint` is the last epoch of shortcuts (default: the experts' last), and
-    `least` is the number of gradients that the analysis needs per kind of trajectory; `draws` is the number per start
-    epoch and expert. Raise `ConfigError` before any training if the run's experts do not allow the analysis.
+    `least` is the number of gradients that the analysis needs per kind of trajectory. It gets `draws` gradients per
+    start epoch and expert. Raise `ConfigError` before any training if the run's experts do not allow the analysis.
     """
 
     def __init__(

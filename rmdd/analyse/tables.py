@@ -1,4 +1,4 @@
-"""Tables with one distillation per cell: how late starts harm students, and ablations of PTM-ST's phases.
+"""Tables with one distillation per cell: harm of late start epochs to students, and ablations of PTM-ST's phases.
 
 Each cell is a run with changed `distill.phases`. All cells run as one sweep, so they can be resumed, and they share
 experts and evaluation.

@@ -184,7 +184,7 @@ def _table(values: dict[str, Any], head: str) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all scalars of nested dicts with dotted names, but no lists such as curves, because set.json has them."""
+    """Yield all scalars of nested dicts under dotted names; lists such as curves are left out, as set.json has them."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -2,8 +2,8 @@
 
 The variants of the iteration are timed in turn, so that other programs on the machine slow all of them down equally. On
 a CPU, a separate process runs one iteration to warm up, resets the high-water mark (/proc/self/clear_refs, Linux only)
-and runs a second iteration; its largest resident set since the reset is the peak memory. There glibc returns each freed
-tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
+and runs a second iteration; its largest resident set since the reset is the peak memory. There, glibc returns each
+freed tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
 """
 
 import ctypes

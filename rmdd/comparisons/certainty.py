@@ -16,7 +16,7 @@ def interval(ranks: Sequence[Path]) -> dict[str, float] | None:
 def difference(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, float] | None:
     """Return the 95 % interval of the R@mean of `ours` minus that of `others`; None if either is empty.
 
-    Students are paired by number, and both rows are resampled with the same images.
+    Students are paired by number, and both are resampled with the same test images.
     """
     number = min(len(ours), len(others))
     if not number:

@@ -125,7 +125,7 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Result
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """Return a text about the learning rates of a row: learned, fixed, or chosen on val (together with the loss)."""
+    """Return a text that says whether a row's learning rates are learned, fixed, or chosen on val (with the loss)."""
     if "chosen" not in row:
         recipe = config.Distill.model_construct(method=row["method"]).recipe
         return "fixed" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
@@ -139,18 +139,18 @@ def column_notes(extra: Sequence[str]) -> list[str]:
         f"Recall in %, {SPREAD}. Students are paired: students with the same number have equal initial weights in all "
         "rows. The columns IR and TR are on test, which each student reads once after its last pass. All choices use "
         "val.",
-        "Each student of random pairs has its own draw, and the students of full data are the experts, so their spread "
-        "is over draws and experts. The rates (and the loss) of real pairs are chosen on val; a distilled set has its "
-        "own rates.",
+        "Each student trained on random pairs has its own draw, so the spread of these students includes draws; the "
+        "students of full data are the experts. The learning rates (and the loss) of real pairs are chosen on val; a "
+        "distilled set has its own learning rates.",
     ]
     notes.append(
-        "Pairs are the training pairs of a student; for full data, the images. The bytes of real pairs are their "
-        "encoded images and UTF-8 captions (for random pairs, the mean over draws); those of a set are its tensors."
+        "Pairs are the training pairs of a student; full data counts images instead. The bytes of real pairs are those "
+        "of encoded images and UTF-8 captions (for random pairs, the mean over draws); those of a set, of its tensors."
     )
     if "interval" in extra:
         notes.append("Intervals are 95 % bootstrap intervals over test images, each with all its captions.")
     if "of_full" in extra:
-        notes.append("`of full data`: mean test R@mean divided by that of the row with all pairs.")
+        notes.append("`of full data`: mean test R@mean divided by the mean test R@mean of the full-data row.")
     return notes
 
 
@@ -192,8 +192,8 @@ def compare(
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP
 
-    Scores of finished students are reused, so an added set trains only its own. Raises `ConfigError` for entries that
-    do not fit the protocol.
+    Scores of finished students are reused, so adding a set trains only its students. Raises `ConfigError` for entries
+    that do not fit the protocol.
     """
     return prepare_comparison([str(w) for w in words], source, list(overrides), against, reencode).execute(progress)
 
@@ -227,7 +227,7 @@ def protocol_of(
     overrides: list[str],
     load: Load,
 ) -> config.Run:
-    """Return the run whose data and evaluation settings all rows use, without its probes. Raises `ConfigError`."""
+    """Return the run that gives rows data and evaluation settings, minus `evaluate.probes`. Raises `ConfigError`."""
     run = _protocol_of(entries, source, overrides, load)
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
 

@@ -184,7 +184,7 @@ class Selection:
         return ByteCosts.of(self.train.split, self.pipeline.item().paths.cache)
 
     def cost(self, records: Sequence[int]) -> dict[str, Any]:
-        """Return the number of pairs, images, parameters and bytes of caption `records`, and how many items exist."""
+        """Return how many pairs, images, parameters and bytes `records` have, and how many items can be chosen."""
         images = len(set(self.train.split.image_of[list(records)].tolist())) if records else 0
         numbers = parameters(len(records), self.run.data.image_size, self.train.texts.shape[1])
         return {

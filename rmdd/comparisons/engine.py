@@ -1,8 +1,8 @@
 """Score the rows of a comparison: prepare training pairs, choose rates on val, train and test students.
 
-Each student is a separate task. Its record is stored under a hash of its training pairs and protocol, so a stopped
-comparison resumes, and added rows train only their own students. Students of `rmdd run` for random pairs and full data
-are reused.
+Each student is a separate task. Its scores are stored under a hash of its training pairs and protocol, so a stopped
+comparison resumes, and added rows train only their own students. Students that `rmdd run` trained on random pairs or
+full data are reused.
 """
 
 import statistics
@@ -50,7 +50,7 @@ class Row:
     run: config.Run
     """Run whose evaluation settings the students of this row follow."""
     rates: Rates
-    """Origin of the learning rates: learned (stored in the set), tuned (chosen on val) or trained (of the experts)."""
+    """Origin of the learning rates: learned (stored in the set), tuned (chosen on val), trained (the experts' own)."""
     pairs: Path | None = None
     """Path of the file of training pairs, relative to the storage; None for random pairs and full data."""
     costs: Costs = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Row:
     remarks: tuple[str, ...] = ()
 
     def choices(self) -> list[Job]:
-        """Return the jobs whose val scores choose the learning rates (and, for real pairs, the loss) of this row."""
+        """Return the jobs whose val scores decide the learning rates (and, for real pairs, the loss) of this row."""
         rule = self.run.evaluate
         if self.rates != "tuned":
             return []
@@ -218,10 +218,10 @@ class ComparedRun(Pipeline):
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The records of the students of a row, or the error that stopped a student."""
+    """The scores of the students of a row, or the error that stopped a student."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    """The records of the students, by the index of the student."""
+    """The stored scores of each student, by the index of the student."""
     ranks: list[Path] = field(default_factory=list)
     """Files with the retrieval ranks on test, for those students that have such a file."""
     chosen: dict[str, Any] | None = None

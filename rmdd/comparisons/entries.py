@@ -70,7 +70,7 @@ def open_entries(words: Iterable[str]) -> list[Entry]:
             if (entry.kind, entry.value, entry.pairs) == (other.kind, other.value, other.pairs):
                 mistakes.append(f"{entry.address} and {other.address} have the same content; remove one of them")
             elif entry.name == other.name:
-                mistakes.append(f"two rows have the name {entry.name}; give one another name, as in NAME=FOLDER")
+                mistakes.append(f"two rows have the name {entry.name}; rename one, as in NAME=FOLDER")
     if not entries and not mistakes:
         mistakes.append("nothing to compare; give folders of distilled sets or subsets, or the words random and full")
     if mistakes:
@@ -214,7 +214,7 @@ def misfits(entry: Entry, model: config.Model, image_size: int, reencode: bool) 
     if not reencode:
         wrong.append(
             f"was made for the text encoder {encoder} (width {set_.subsets[0].texts.shape[1]}), but students have "
-            f"{model.text.name} or another pooling; give --reencode to embed the nearest real captions again, or "
+            f"{model.text.name} or a different pooling; give --reencode to embed the nearest real captions again, or "
             "compare encoders with `rmdd transfer`"
         )
     elif not all(caption for subset in set_.subsets for caption in subset.captions):
@@ -251,8 +251,8 @@ def check_data(entry: Entry, data_hash: str) -> list[str]:
     if theirs in (None, data_hash):
         return []
     return [
-        f"{entry.name} was made from other data (hash {theirs}, expected {data_hash}); compare it separately, with a "
-        "CONFIG for its data"
+        f"{entry.name} was made from different data (hash {theirs}, expected {data_hash}); compare it separately, with "
+        "a CONFIG for its data"
     ]
 
 

@@ -41,7 +41,7 @@ class SetProbeItem:
 def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ()) -> config.Run:
     """Return the run of the set at `path`, with the settings that its students and `probes` need.
 
-    Raises `ConfigError` for invalid settings, unreadable files of a probe, or a text encoder unlike the set's.
+    Raises `ConfigError` for invalid settings, unreadable files of a probe, or a text encoder that is not the set's.
     """
     distilled = DistilledSet.load(path)
     source = distilled.config

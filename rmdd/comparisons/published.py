@@ -40,7 +40,7 @@ PROTOCOLS = {
 }
 UNKNOWN = "not stated"
 NOTES = (
-    "Published numbers were not measured here. They come from other students, schedules and budgets, and their spread "
+    "Published numbers were not measured here. They come from different students, schedules and budgets; their spread "
     "is only over students. Several protocols pick the best pass on test.",
     "An R@mean in brackets is not in the paper; it is the mean of the six printed recalls.",
     "The full-data result of one paper is no upper bound for the results of another paper.",
@@ -127,7 +127,7 @@ def budgets(dataset: str | None = None) -> list[str]:
 
 
 def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
-    """Return the published recalls on the dataset of a run file, at its budget and for full data, without variants.
+    """Return the published recalls on the dataset of a run file, at its budget and for full data, omitting variants.
 
     The list is empty for a dataset without published results.
     """

@@ -59,7 +59,7 @@ def difference(
 
 
 def add_ratio_to_full(rows: Sequence[dict[str, Any]]) -> None:
-    """Set `of_full` of each row: its test R@mean in percent of that of the full-data row; None without such a row."""
+    """Set `of_full` of each row to its test R@mean in percent of the full-data row's; None without a full-data row."""
     bounds = [r["test_last"]["R@mean"]["mean"] for r in rows if r["kind"] == "full" and "error" not in r]
     for row in rows:
         has_ratio = bounds and bounds[0] > 0 and "error" not in row and row["kind"] != "full"

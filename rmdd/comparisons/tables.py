@@ -132,7 +132,7 @@ def count(value: int | float | None) -> str:
 
 
 def recalls(row: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a row's scores: R@mean on val, R@mean on test and the six recalls on test."""
+    """Return the table cells for the scores of a row: R@mean on val, R@mean on test and the six recalls on test."""
     if "error" in row:
         return ["failed", *[""] * (1 + len(RECALLS))]
     return [spread(row["val"]["R@mean"]), *(spread(row["test_last"][m]) for m in ("R@mean", *RECALLS))]

@@ -184,7 +184,7 @@ def matrix(rule: config.Evaluate, rows: Sequence[dict[str, Any]], mean: Mapping[
         f"Recall in %, {SPREAD}. Each student reads test once, after its last pass; all choices use val.",
         "Image towers give pooled features without a classifier. Learned learning rates suit the towers of the set; a "
         "rate chosen on val is one of `evaluate.baseline_lrs` and is used for both towers.",
-        "For another text encoder, the nearest real caption of each distilled text (by cosine) is "
+        "For a different text encoder, the nearest real caption of each distilled text (by cosine) is "
         "embedded again; `duplicate captions` counts pairs with the same caption as an earlier pair.",
         "The mean is over the towers of this table, without the towers of the set.",
     ]
@@ -277,7 +277,7 @@ def prepare_transfer(
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             wrong.append(f"--to {name}: {message.removeprefix('Value error, ')}")
             continue
-        same_image = other.model.model_copy(update={"image": run.model.image})  # image towers may differ
+        same_image = other.model.model_copy(update={"image": run.model.image})  # ignores a different image tower
         unfit = unbuildable(other) or misfits(entry, same_image, run.data.image_size, reencode=True)
         wrong += [f"--to {name}: {mistake}" for mistake in unfit]
         if other.model == run.model:

@@ -11,7 +11,7 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
-"""Number of caption records in the pool for forgetting events, if the run sets no `experts.forgetting`."""
+"""Number of records in the pool that forgetting is measured against, if the run sets no `experts.forgetting`."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
 """Selection methods that choose all pairs jointly, so a smaller coreset is not the beginning of a larger one."""
@@ -62,7 +62,7 @@ class Choice(Section):
     guard_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of items that guard drops")
     expert: Annotated[int, Field(ge=0)] = Field(0, description="method forgetting: index of the expert to use, from 0")
     never_learned: Literal["first", "last", "exclude"] = Field(
-        "last", description="method forgetting: position of records that were never correct; papers put them first"
+        "last", description="method forgetting: where to put records that were never correct; papers put them first"
     )
 
     def clashes(self) -> list[Clash]:
@@ -104,7 +104,7 @@ class Choice(Section):
 
     @property
     def experts(self) -> list[int]:
-        """Indices of the experts that the selection uses: as encoder of the features, or for the method forgetting."""
+        """Indices of the experts that the selection uses to encode features or to count forgetting events."""
         kind, _, number = self.encoder.partition(":")
         encoders = [int(number or 0)] if self.needs_features and kind == "expert" else []
         return encoders + ([self.expert] if self.method == "forgetting" else [])

@@ -44,7 +44,7 @@ def fit(
         raise ValueError(f"{len(sample)} rows cannot be put into {k} clusters; ask for 1 to {len(sample)}")
     options = {"n_clusters": k, "n_init": starts, "max_iter": iterations, "random_state": derive(seed, "k-means") >> 31}
     with warnings.catch_warnings(), one_thread():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows or few iterations give warnings
+        warnings.simplefilter("ignore", ConvergenceWarning)  # warns of equal rows or few iterations
         if len(sample) > mini_batch:
             fitted = MiniBatchKMeans(batch_size=mini_batch, **options).fit(sample)
         else:
@@ -81,7 +81,7 @@ def medoids(ranks: WorkerParts, k: int, seed: int) -> list[int]:
 def nearest_members(
     ranks: WorkerParts, points: Float32[np.ndarray, "K D"], of_workers: Sequence[dict[int, tuple[float, int]]]
 ) -> list[int]:
-    """Return for each cluster the id of the member nearest to its point, from the result of each worker.
+    """Combine the results of all workers: return for each cluster the id of the member nearest to the cluster's point.
 
     For a cluster without members, the nearest item that is not chosen yet is taken.
     """
@@ -104,7 +104,7 @@ def quotas(sizes: Sequence[int], k: int, rule: Quota) -> list[int]:
     """
     size = np.asarray(sizes, dtype=np.int64)
     if not 0 <= k <= size.sum():
-        raise ValueError(f"clusters with {size.sum()} items in total cannot give {k}")
+        raise ValueError(f"clusters with {size.sum()} items in total cannot give {k} picks")
     weight = {"equal": np.ones(len(size)), "proportional": size.astype(float), "sqrt": np.sqrt(size)}[rule]
     granted = np.zeros(len(size), np.int64)
     while (remaining := k - int(granted.sum())) > 0:

@@ -35,7 +35,7 @@ class ByteCosts:
         return cls(np.load(file)[split.rows], captions, split.image_of)
 
     def bytes_of(self, records: Sequence[int]) -> dict[str, int]:
-        """Return the bytes of the images, of the captions and in `total` for the caption records `records`."""
+        """Return how many bytes the images and captions of the caption records `records` take, and the `total`."""
         images = int(self.images[np.unique(self.image_of[list(records)])].sum()) if records else 0
         captions = int(self.captions[list(records)].sum()) if records else 0
         return {"images": images, "captions": captions, "total": images + captions}

@@ -35,5 +35,5 @@ def smallest(
 
 
 def merged(parts: Sequence[np.ndarray], k: int, seed: int) -> np.ndarray:
-    """Merge draws that `smallest` made from disjoint shards into one of k ids; each has k ids or its whole shard."""
+    """Merge draws that `smallest` made from disjoint shards (k ids of each, or all its ids) into one draw of k ids."""
     return smallest(np.concatenate(list(parts)), k, seed)

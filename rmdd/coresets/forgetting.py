@@ -3,7 +3,7 @@
 After every epoch, all records are scored without augmentation against a seeded pool of P records. A record is *correct*
 if its image is more similar to its caption than to any caption of the pool, and its caption more similar to its image
 than to any image of the pool; records of the same image are not compared. A record is *forgotten* if it was correct
-after the previous epoch and no longer is. The first epoch cannot be an event, so E epochs give at most E // 2 events.
+after the previous epoch and no longer is. In E epochs, a record can be forgotten at most E // 2 times.
 
 N images, T records, P records of the pool, D joint width.
 """
@@ -29,14 +29,14 @@ FILE = "forgetting.safetensors"
 BLOCK = 256
 """Number of images that are embedded and scored at once."""
 MARGIN = 1e-6
-"""Smallest cosine margin of a correct caption record. Smaller margins are rounding errors, as between equal images."""
+"""Smallest cosine margin of a correct caption record. Smaller margins are rounding errors, as for equal images."""
 
 NeverLearned = Literal["first", "last", "exclude"]
 
 
 @dataclass(frozen=True)
 class ForgettingCounts:
-    """Forgetting statistics of T caption records: tensors (T,). A visit scores a record at the end of an epoch."""
+    """Forgetting counts of T caption records, as tensors (T,). A visit is the scoring of a record after an epoch."""
 
     correct: Tensor
     """Whether the caption record was correct at its last visit: int8, 1 or 0; -1 before the first visit."""
@@ -49,7 +49,7 @@ class ForgettingCounts:
     visits: Tensor
     """Number of visits (scorings at the end of an epoch) of the caption record, int16."""
     margins: Tensor
-    """Sum over all visits of the cosine margin (of the worse of the two retrieval directions), float32."""
+    """Sum of the cosine margins at all visits, float32. Each margin is that of the worse retrieval direction."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -140,9 +140,9 @@ def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np
 def margins(
     model: DualEncoder, prepared: PreparedSplit, pool: Int64[np.ndarray, " P"], device: torch.device
 ) -> Float32[Tensor, " T"]:
-    """Return the margin of each caption record: its image-text cosine minus the best cosine with rivals in the pool.
+    """Return the margin of each caption record: its image-text cosine minus the best cosine with a rival in the pool.
 
-    The margin is that of the worse retrieval direction. The model is scored in eval mode; its mode is restored.
+    A rival has a different image. The worse retrieval direction counts. Scores in eval mode, then restores the mode.
     """
     split, image_of = prepared.split, prepared.split.image_of
     was_training = model.training

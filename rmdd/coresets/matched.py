@@ -3,7 +3,7 @@
 A row is an image embedding followed by a text embedding. Images and texts are clustered separately, into K k-means
 clusters each. The Hungarian algorithm matches image clusters to text clusters so that as many rows as possible lie in
 two matched clusters. The prototype of two matched clusters is the mean of their common rows; the common row nearest to
-it is chosen. Without common rows, the prototype is the two centroids, and the nearest row not yet chosen is taken.
+it is chosen. Without common rows, the prototype joins the two centroids, and the nearest row not yet chosen is taken.
 
 N rows, D features, K clusters of images and of texts.
 """
@@ -49,7 +49,7 @@ def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
 def _prototypes(
     ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, fallback: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
-    """Return for each pair of matched clusters the mean of their common rows, or without any, its row of `fallback`.
+    """Return for each pair of matched clusters the mean of their common rows, or its row of `fallback` if none exist.
 
     The result is bit-identical for any order of rows and number of workers.
     """

@@ -115,7 +115,7 @@ class Shard:
     # -- searching the next pick ---------------------------------------------------------------------------------
 
     def along(self, w: Float64[np.ndarray, " D"], chosen: Ids, explicit: bool = False) -> Best | None:
-        """Mark `chosen` as taken; return the untaken row x of largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
+        """Mark `chosen` as taken; return the untaken row x with the largest <w, x> (`explicit`: <w, x> - |x|^2 / 2)."""
         self.take(chosen)
         direction = w.astype(np.float32)
         squares = self.squares() if explicit else None
@@ -186,7 +186,7 @@ class Shard:
     # -- clusters of images and of texts -------------------------------------------------------------------------
 
     def overlap(self, images: Float32[np.ndarray, "K U"], texts: Float32[np.ndarray, "K V"]) -> np.ndarray:
-        """Return a matrix (K, K): how many rows are in image cluster i and in text cluster j.
+        """Return a matrix (K, K); entry (i, j) is the number of rows in both image cluster i and text cluster j.
 
         The columns of the image embedding come first in a row. Dropped rows are not counted.
         """
@@ -230,7 +230,7 @@ class Shard:
 
 
 def _first_of(ids: np.ndarray, label: np.ndarray, distance: np.ndarray) -> dict[int, tuple[float, int]]:
-    """Return for each cluster (`label`) the smallest distance of a row, and the id of that row."""
+    """Return for each cluster (`label`) the smallest distance of any of its rows, and the id of that row."""
     order = np.lexsort((ids, distance, label))
     labels, first = np.unique(label[order], return_index=True)
     return {int(c): (float(distance[order[i]]), int(ids[order[i]])) for c, i in zip(labels, first, strict=True)}

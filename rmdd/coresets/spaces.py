@@ -59,7 +59,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Sides:
-    """The image features (N, ...) and text features (T, ...) from an encoder, not normalised."""
+    """The unnormalised image features (N, ...) and text features (T, ...) from an encoder."""
 
     images: Rows
     texts: Rows
@@ -99,7 +99,7 @@ def cosines(sides: Sides, items: Items, caption: str) -> Float32[np.ndarray, " i
 def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float32[np.ndarray, "n D"]:
     """Scale feature rows to unit length.
 
-    Raises `ValueError` for rows that are zero or not finite; the message names `side` and the pairs of these `images`.
+    Raises `ValueError` for rows that are zero or not finite; the message names `side` and the pairs of `images`.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -110,7 +110,7 @@ def unit(rows: np.ndarray, split: Split, images: np.ndarray, side: str) -> Float
             f"{int(bad.sum())} {side} features are zero or not finite (first pairs: {', '.join(named[:MAX_SHOWN])}); "
             "remove these pairs from the dataset, or use another encoder"
         )
-    rows = rows / largest  # so that squares stay within the range of float32
+    rows = rows / largest  # scaled so that squares stay within the range of float32
     return rows / np.sqrt(np.vecdot(rows, rows))[:, None]
 
 
@@ -144,7 +144,7 @@ def _combined(space: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def encode_blocks(
     folder: Path, count: int, make: Callable[[], Callable[[Values], Values]], identity: dict[str, Any], stream: Stream
 ) -> None:
-    """Write `count` feature rows into `folder`, computed by the encoder that `make` returns; existing blocks stay.
+    """Write `count` feature rows into `folder`, computed by the encoder that `make` returns; keep existing blocks.
 
     `stream` runs the encoder on the missing blocks; `identity` describes the encoder in `rows.json`.
     """

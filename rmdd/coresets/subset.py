@@ -25,7 +25,7 @@ class Coreset:
     features: dict[str, Any]
     """Encoder and feature space of the selection; empty for a method that uses no features."""
     records: tuple[tuple[str, int], ...]
-    """`pair_id` of each pair, and the position of its caption among the pair's captions left after cleaning."""
+    """`pair_id` of each pair, and the position of its caption among the captions that the pair has after cleaning."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
     """Further results for reports, such as mean error, radius, number of pairs, parameters, bytes and seconds."""
 
@@ -62,8 +62,8 @@ class Coreset:
         """
         if split.dataset.hash != self.data_hash:
             raise ValueError(
-                f"this subset was chosen from data {self.data_hash[:12]}, but the dataset at {split.dataset.path} is "
-                f"{split.dataset.hash[:12]}; use the dataset that the subset was chosen from"
+                f"this subset was chosen from data {self.data_hash[:12]}, but the dataset at {split.dataset.path} has "
+                f"the hash {split.dataset.hash[:12]}; use the dataset that the subset was chosen from"
             )
         first: dict[str, int] = {}
         count = [0] * len(split)

@@ -1,4 +1,4 @@
-"""The `rmdd analyse` commands on a tiny run, and the functions that compute the results."""
+"""Tests of the `rmdd analyse` commands on a tiny run, and of the functions that compute the results."""
 
 import csv
 import dataclasses

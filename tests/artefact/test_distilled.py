@@ -119,7 +119,7 @@ def test_the_card_has_one_row_of_scores_per_training_set():
     text = card.text(replace(make_set(), metrics=metrics, provenance=provenance))
     assert f"| random real pairs, same budget |{' 15.3 ± 1.6 |' * 7} 16.3 ± 1.6 | 5 |" in text
     assert f"| this set (`ptm_st`) |{' 23.6 ± 3.0 |' * 7} 24.6 ± 3.0 | 5 |" in text
-    assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "one student has no std"
+    assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "a single student has no spread"
     assert "| ptm_st.test_best_reference.R@mean.mean | 24.5 |" in text
     assert "test_last" not in text and ".val." not in text, "recalls must be in the table of scores only"
 

@@ -43,7 +43,7 @@ def test_methods_are_measured_with_their_own_defaults():
     rows = bench_step(SMALL, chosen, repeats=1, memory=False)["variants"]
     assert list(rows)[1:] == [f"{m}{e}" for m in ("", "repblend ", "mtt_vl ") for e in ("first_order", "exact")]
     assert rows["exact"]["ratios"] and not rows["repblend exact"]["ratios"], (
-        "the reference loops use another student, so ratios must be missing"
+        "the reference loops train a different student, so ratios must be missing"
     )
     assert rows["repblend exact"]["flops"] != rows["mtt_vl exact"]["flops"]
     _, result = prepare(SMALL, "mtt_vl")(Variant("mtt_vl", "mtt_vl", "exact"))()

@@ -24,7 +24,7 @@ WAYS = ("in_turn", "pool", "train", "trainer_each")
 
 @dataclass(frozen=True)
 class Case:
-    """Number and size of the experts. The way `trainer_each` trains only `each` of them; its cost is extrapolated."""
+    """Number and size of the experts. `trainer_each` trains only some (field `each`); its cost is extrapolated."""
 
     experts: int = 8
     workers: int = 2

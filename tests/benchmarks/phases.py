@@ -1,4 +1,4 @@
-"""Parallel phases compared with the same phases run sequentially, one thread each, measured alternately.
+"""Time of parallel phases and of the same phases run sequentially, one thread each, measured alternately.
 
 The benchmark prints three ratios of parallel to sequential wall time. `work` is from the start of the first phase to
 the end of the last, `workers` adds the start of the workers, and `ray` also the start of Ray.
@@ -113,7 +113,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Write the start sets of all phases, and a random walk as expert trajectory, which costs as much as a real one."""
+    """Write initial sets of all phases, and as expert trajectory a random walk, which costs as much as a real one."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")

@@ -1,4 +1,4 @@
-"""Tests that `rmdd compare` repeats the scores of runs, can be resumed, and rejects entries that do not fit."""
+"""Tests that `rmdd compare` gives the same scores as runs, can be resumed, and rejects entries that do not fit."""
 
 import csv
 import json
@@ -280,7 +280,7 @@ def test_a_set_or_subset_of_other_data_is_refused(storage, tmp_path):
     words = [str(one), str(tmp_path / "chosen"), "random", "--quiet", "--set", "data.scenes.seed=5"]
     result = CliRunner().invoke(cli.app, ["compare", *words])
     assert result.exit_code == 2
-    assert f"{one.name} was made from other data" in result.stderr and "chosen was made from other" in result.stderr
+    assert f"{one.name} was made from different data" in result.stderr and "chosen was made from diff" in result.stderr
 
 
 def test_reencode_embeds_captions_with_another_encoder(storage, bert):

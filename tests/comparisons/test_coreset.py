@@ -191,7 +191,7 @@ def test_cluster_quotas_count_only_items_that_can_be_chosen(run):
 
 @pytest.mark.parametrize("method", ["medoids", "matched"])
 def test_clustered_choices_fill_the_bytes(run, train, method):
-    """The coreset is the largest one that fits in the bytes, even if the chosen images are smaller than average."""
+    """The coreset is the largest one that fits in the requested bytes, even if its images are smaller than average."""
     sizes = [len(train.encoded(i)) for i in range(TRAIN)]
     for limit in (sum(sizes) // 4, sum(sizes) // 2, 2 * sum(sizes)):
         subset = choose(run, method, None, bytes=limit, seed=3)

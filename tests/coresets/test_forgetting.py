@@ -27,7 +27,7 @@ EPOCHS = 4
 
 
 def counted(*visits, margins=None):
-    """Return the forgetting counts after `visits`; a visit has 1 (correct), 0 (wrong) or None (no visit) per record."""
+    """Return the forgetting counts after `visits`; each has 1 (correct), 0 (wrong) or None (not visited) per record."""
     counts = ForgettingCounts.new(len(visits[0]))
     for epoch, visit in enumerate(visits, 1):
         there = torch.tensor([i for i, v in enumerate(visit) if v is not None], dtype=torch.int64)
