@@ -28,7 +28,7 @@ SECTIONS = ("data", "model", "experts", "distill", "evaluate", "search", "runtim
 
 
 class Named(Dataset):
-    """A stand-in for a dataset, of which only the path and the hash are read."""
+    """A stand-in for a dataset; it has only a path and a hash, because hashes of a run need no more."""
 
     hash = "of the data"
     path = Path("data")

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_ink():
-    """Fixture of all tests: skip rendering figures, half the time of a tiny run; the fixture `ink` renders them."""
+    """Fixture of all tests: skip rendering figures (half the time of a tiny run), unless a test uses `ink`."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The hashes that each field of a run file changes, recorded before the fields declared their hashes."""
+"""Table of the hashes that change with each field of a run file, recorded before fields declared their hashes."""
 
 MOVES = {
     "baseline ingest phases run store": """
@@ -124,4 +124,4 @@ WITHIN = {
     "stable_diffusion.Sampling": "steps guidance size batch dtype offload redraws",
     "tuned.TunedMethod.Options": "generator",
 }
-"""Fields that `changing` cannot reach, inside lists, options and mappings; these fields declare no hashes."""
+"""Fields inside lists, options and mappings, which the module `changing` cannot change; they declare no hashes."""

@@ -79,7 +79,7 @@ def example(name: str, page: Path = CONTRIBUTING) -> str:
 
 
 def install(folder: Path, package: str, group: str, **more: str) -> None:
-    """Write metadata of a made-up package with the entry points of `group` that CONTRIBUTING shows, and `more`."""
+    """Write metadata of a made-up package: the entry points of `group` in CONTRIBUTING.md, and those in `more`."""
     shown = re.findall(r"^```toml\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     points = [tomllib.loads(text)["project"]["entry-points"] for text in shown]
     (named,) = [point[group] for point in points if group in point]

@@ -50,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
 LAZY_IMPORTS = 40
 """Largest number of imports of rmdd modules inside functions; such imports keep `import rmdd` and the CLI fast."""
 WHOLE_RUN = 60
-"""Largest number of functions outside `runs`, `cli` and the pipeline that take a complete run as an argument."""
+"""Largest number of functions outside `runs`, `cli` and the pipeline that take a complete `Run` as an argument."""
 LINES = 450
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -84,7 +84,7 @@ def within(name: str, package: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """Return the subpackage of a module; `pipeline` for the pipeline, and `rmdd` for the package itself."""
+    """Return the second part of a module's name (`data` for `rmdd.data.plan`), and `rmdd` for the package itself."""
     parts = module.split(".")
     return "rmdd" if len(parts) == 1 or parts[1] == "__main__" else parts[1]
 

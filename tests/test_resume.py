@@ -46,7 +46,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def made(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return inode and time of the files of finished work; both change if a file is written again."""
+    """Return inode and modification time of each file of finished work; both change if it is rewritten."""
     patterns = ("data/*/*.parquet", "experts/*/*/expert.json", "baselines/*/*.json", "phases/*/*/start.safetensors")
     result = [p for pattern in patterns for p in (folder / "runs").glob(pattern)]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in result}
@@ -205,7 +205,7 @@ def test_soak(tmp_path: Path, unbroken: dict, nodes: Nodes) -> None:
 
 
 def pids(run: Path) -> dict[str, int]:
-    """Return the work items in progress, with the ids of their processes."""
+    """Return the process id of each work item in progress, by item name."""
     working = {}
     for event in events(run / "events.jsonl"):
         if event["event"] == "started":

@@ -8,7 +8,7 @@ from rmdd import config
 
 TINY = tiny.changed(experts={"keep": "all"}, distill={"snapshots": 1})
 METHODS = [f"distill.{key}={json.dumps(value)}" for key, value in TINY["distill"].items() if key != "budget"]
-"""Overrides that replace the presets of LoRS, whose budget must also pay for the factors of its similarity."""
+"""Overrides of the presets of LoRS; their budget also pays for the factors of the low-rank similarity."""
 METHODS += ["distill.similarity.rank=2", "distill.budget=10"]
 LR = {"loguniform": [0.1, 100]}
 BOTH = {

@@ -226,6 +226,6 @@ def _check_root(plan: IngestPlan, data: Data) -> None:
 
 
 def quarantined(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return the entries of `quarantine.jsonl`, with the keys what (pair or caption), file, reason, origin, detail."""
+    """Return the entries of `quarantine.jsonl`, with keys what (pair or caption), file, reason, origin and detail."""
     text = (dataset.path / QUARANTINE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

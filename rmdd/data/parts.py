@@ -32,7 +32,7 @@ class IngestPart:
 
     number: int
     kind: str
-    """`listed` if the planning step wrote the rows; otherwise `data.source`, which then names a `SampleSource`."""
+    """`listed` if the planning step wrote the rows; otherwise the value of `data.source`, a `SampleSource`."""
     file: str
     """Path of the input file: relative to the plan folder if `kind` is `listed`, otherwise relative to `data.root`."""
     start: int = 0
@@ -92,7 +92,7 @@ class PartWriter:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write the part that `item` (the fields of an `IngestPart`) describes, or check it if it exists already.
 
-        Returns the part's number, its number of pairs, and as `fresh` whether this call wrote it. Raises `OSError` if
+        Returns the part's number, its number of pairs, and `fresh`: whether this call wrote it. Raises `OSError` if
         a disk or the storage fails.
         """
         part = IngestPart(**item)

@@ -34,13 +34,13 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class AnnotationRow:
-    """One row of an annotation file. `image` and `captions` are not checked yet: they can be any JSON values."""
+    """One row of an annotation file. `image` and `captions` can be any JSON values, because they are checked later."""
 
     image: Any
     """Path of the image relative to `data.root`, or the name of an image that the source draws."""
     captions: tuple[Any, ...]
     split: str | None
-    """train, val or test. None: a hash of the path chooses the split. NO_SPLIT: the input has no split for this row."""
+    """train, val or test; None if a hash of the path decides; NO_SPLIT if the input must name a split but does not."""
     source: str
     origin: str
     """Position of the row in the annotation file, such as `captions.csv line 12`."""
@@ -109,6 +109,6 @@ class SampleSource:
     files: Callable[[Data], list[tuple[str, int, str | None]]]
     """Function that returns (path relative to `data.root`, size in bytes, split or None if unknown) of each file."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
-    """Function of file, range, split, data and counts that yields the range's usable rows and counts all its rows."""
+    """Function of (file, range, split, data, counts) that yields the usable rows and adds all rows to `counts`."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
     """Function that returns for each file the ranges to read, such as row groups; (0, 0) is the entire file."""

@@ -75,7 +75,7 @@ class Split:
     """int64 (T,): the index of the image of each caption, in ascending order."""
     pair_ids: list[str]
     dropped: dict[str, int]
-    """Number of `captions` that cleaning left empty, and of `pairs` that lost all their captions by cleaning."""
+    """Number of dropped `captions` (empty after cleaning), and of dropped `pairs` (without any caption left)."""
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)
     """int64 (N,): the position of the row of each image among all rows of this split in the shards."""
@@ -97,7 +97,7 @@ class Split:
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Return the size of the cache of decoded images in bytes, or an estimate for the cache of encoded images.
+        """Return the size in bytes of the cache of decoded images or, if `encoded`, estimate that of encoded images.
 
         The size is 0 for images in memory, which need no cache.
         """

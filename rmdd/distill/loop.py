@@ -115,7 +115,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
             # this fused multiply-add rounds in the same way as torch.optim.SGD
             raw[name] = torch.add(now[name], momentum[name], alpha=-lr)
             continue
-        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # then the squares below stay in range
+        step = g / g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)  # scaled, so squares stay in range
         step = step / step.square().mean().sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         momentum[name] = (1 - rule.momentum) * step + (0 if past is None else rule.momentum * past)
         raw[name] = now[name] * (-lr * momentum[name]).exp() if name in INNER_RATES else now[name] - lr * momentum[name]
@@ -142,7 +142,7 @@ def finished(folder: Path, total: int) -> bool:
 
 
 def _last_state(path: Path, good: Path, key: str) -> State:
-    """Load the last checkpoint, or the older file `good` if it is damaged; both lead to the same final set."""
+    """Load the last checkpoint, or the file `good` if the checkpoint is damaged; both give the same final set."""
     try:
         return State.load(path, key)
     except Damaged as error:

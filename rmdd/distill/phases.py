@@ -29,7 +29,7 @@ Ranges = dict[str, tuple[int | float, int | float]]
 
 
 class Window(NamedTuple):
-    """Range [low, stop) of real-valued start epochs on shortcuts to `endpoint`; `phases: adaptive` moves all three."""
+    """Range [low, stop) of real-valued start epochs, and `endpoint`; `phases: adaptive` moves range and endpoint."""
 
     low: float
     stop: float
@@ -148,7 +148,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
 def _pixels(
     train: PreparedSplit, records: list[int], data: config.Data, augmentation: config.Augment | None, seed: int
 ) -> Tensor:
-    """Return the images of caption records as uint8 (M,3,S,S), resized to a square, or augmented as for experts."""
+    """Return images of caption records as uint8 (M,3,S,S), resized to a square or augmented as in expert training."""
     image_rows = train.split.image_of[records]
     if augmentation is None:
         return torch.from_numpy(train.split.some_images(image_rows))

@@ -45,7 +45,7 @@ class Engine:
     """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient by more than rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
-    """How the second pass differentiates twice: in reverse mode, or reverse over forward mode, which skips weight
+    """How the second pass differentiates twice: in reverse mode, or reverse over forward mode; the latter skips weight
     gradients that are not needed. Some torch operations have a forward mode that cannot be differentiated again; check
     with `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -55,8 +55,8 @@ class Engine:
     and computes most steps of the first pass twice."""
     reuse: int = 0
     """Number of steps, counted from the last, whose autograd graph is kept for the second pass (with `recompute`, only
-    steps of the last segment). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but every
-    step beyond the first keeps one more graph in memory."""
+    steps after the last stored vector). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but
+    every step beyond the first keeps one more graph in memory."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def meta_gradient(
     begin, goal = layout.listed(start), layout.listed(target)
     reach, rates = _reach(begin, goal, layout, branches, {"image": synthetic.lr_image, "text": synthetic.lr_text})
     passes = _Passes(student_loss, synthetic, batches, layout, engine)
-    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # theta_i+1 - theta_i is then too coarse to give g
+    tiny = min(map(abs, rates.values())) < SMALLEST_RATE  # then theta_i+1 - theta_i is mostly rounding error
     if tiny:
         passes.mode = "reverse"
 
@@ -265,7 +265,7 @@ def forward_suits(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
     else:
-        smallest = 1e-6 * max(e.norm() for e in expected)  # gradients below this are mostly rounding errors
+        smallest = 1e-6 * max(e.norm() for e in expected)  # smaller gradients are mostly rounding errors
         actual = [*parts.values(), *([_flat(on_theta)] if on_theta else [])]
         gaps = [(a - e).norm() / torch.maximum(e.norm(), smallest) for e, a in zip(expected, actual, strict=True)]
         gap = torch.stack(gaps).max().item()

@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PixelReader:
-    """Reads the images of a part from the shards and augments them; small enough to be sent to other processes."""
+    """Reads and augments the images of a `Part`; a reader is small enough to be sent to worker processes."""
 
     dataset: Path
     split: str
@@ -56,7 +56,7 @@ class PixelReader:
         return augment(decoded, self.augment, self.data.image_size, generator(seed, "augment", expert, epoch, record))
 
     def read(self, part: Part) -> dict[int, bytes | np.ndarray]:
-        """Return the images of a part by row: encoded if they will be augmented, otherwise decoded and resized."""
+        """Return a part's images by row number: encoded if they will be augmented, else decoded and resized."""
         images = read_rows(_opened(self.dataset), self.split, part.rows)
         return {row: image if self.augment.active else squashed(image, self.data) for row, image in images}
 
@@ -73,7 +73,7 @@ class PixelReader:
 
 
 Stream = Callable[[PixelReader, Sequence[Part], int], Iterable[np.ndarray]]
-"""Function (reader, parts, number of parts read at once) -> pixels of each step; see `rmdd.execution.ray.feed`."""
+"""Function (reader, parts, number of parts read at once) that yields pixels per step; see `rmdd.execution.ray.feed`."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -200,7 +200,7 @@ class _FromShards(torch.utils.data.Dataset[Tensor]):
     reader: PixelReader
     parts: Sequence[Part]
     _images: tuple[int, dict[int, bytes | np.ndarray]] = field(default=(-1, {}))
-    """Number of the part in memory, and the images of this part by row."""
+    """Number of the part in memory, and the images of this part by row number."""
 
     def __post_init__(self) -> None:
         self._steps = [(number, step) for number, part in enumerate(self.parts) for step in range(len(part.records))]

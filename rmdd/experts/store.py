@@ -105,7 +105,7 @@ class Store:
 
     @property
     def start(self) -> Path:
-        """The file with the epoch-0 parameters that all experts share; it exists only if there are such parameters."""
+        """The file with the epoch-0 parameters that all experts share; it is missing if they share none."""
         return self.path / START
 
     def keeps(self, epoch: int) -> bool:

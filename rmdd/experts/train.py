@@ -82,7 +82,7 @@ class ExpertTrainer:
 
 
 class TrainingGroup:
-    """The workers that train one expert: a single one here, several in `rmdd.experts.worker_group`."""
+    """The workers that train one expert. This class has one worker; `rmdd.experts.worker_group` has more."""
 
     rank, size = 0, 1
 
@@ -201,7 +201,7 @@ def _pass(
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed, *index = epoch.key
         torch.manual_seed(derive(seed, "expert dropout", *index, *([rank] if rank else [])))
-        torch.empty((), dtype=torch.int64).random_()  # old versions drew a number here; dropout must not change
+        torch.empty((), dtype=torch.int64).random_()  # kept from old versions, so dropout masks are equal
         for records, batch in zip(epoch.records, images, strict=True):
             if should_stop():
                 return None

@@ -1,9 +1,9 @@
 """Several workers that train one expert together: DDP, or DeepSpeed's ZeRO if the towers do not fit on one worker.
 
-Symbols: B pairs in a batch, b of them on this rank, D joint width. Every rank embeds its part of the batch. All ranks
-gather the embeddings and compute the loss of the full batch, so each pair is compared with all B - 1 negatives. Each
-rank differentiates through its own part only. The sum over ranks equals the gradient of a single worker, up to rounding
-and to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
+Symbols: B pairs in a batch, b of them on this worker (rank), D joint width. Every rank embeds its part of the batch.
+All ranks gather the embeddings and compute the loss of the full batch, so each pair is compared with all B - 1
+negatives. Each rank differentiates through its own part only. The sum of these gradients equals that of a single
+worker, up to rounding and to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
 """
 
 import os
@@ -71,7 +71,7 @@ class DdpTrainer(ExpertTrainer):
 
     def __init__(self, model: DualEncoder, rule: config.Experts, momentum: Params, group: ProcessGroup):
         self.group = group
-        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # sends the leader's weights
+        self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(Towers(model))  # DDP sends the leader's weights
         super().__init__(model, rule, self._spread(model, momentum))
 
     def step(self, images: Float[Tensor, "B C H W"], texts: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
@@ -116,7 +116,7 @@ class ZeroTrainer(DdpTrainer):
             deepspeed.zero.Init(module=towers, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.to(group.device)
-            if isinstance(model.image_tower, ConvNet):  # ConvNet.forward itself reads these parameters
+            if isinstance(model.image_tower, ConvNet):  # ConvNet.forward reads these parameters of its submodules
                 for p in model.image_tower.blocks[1::4].parameters():
                     deepspeed.zero.register_external_parameter(model.image_tower, p)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -247,7 +247,7 @@ def _deepspeed() -> Any:
             "experts.worker_group.strategy zero1, zero2 and zero3 need DeepSpeed: pip install 'rmdd[deepspeed]', or "
             "set ddp"
         ) from None
-    if not torch.cuda.is_available():  # else DeepSpeed builds an unused extension
+    if not torch.cuda.is_available():  # otherwise DeepSpeed compiles an extension that we do not use
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed

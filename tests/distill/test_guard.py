@@ -65,7 +65,7 @@ def rollbacks_of(folder):
 
 @pytest.fixture(scope="module")
 def unbroken_run(store, tmp_path_factory):
-    """Fixture: `unbroken_run(run, times)` returns the folder of an unkilled phase that diverged `times` times."""
+    """Fixture: `unbroken_run(run, times)` returns the folder of a phase never killed that diverged `times` times."""
     folders = {}
 
     def unbroken_run(run, times):

@@ -95,7 +95,7 @@ class _Cube(torch.autograd.Function):
 
 
 class Cube(torch.nn.Module):
-    """A layer without a forward-mode derivative, placed so that trained layers come before and after it."""
+    """A layer without a forward-mode derivative; the tests place it between trained layers."""
 
     def __init__(self):
         super().__init__()

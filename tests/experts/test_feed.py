@@ -50,7 +50,7 @@ def fed(run, dataset, path, epoch=1, **how):
 
 
 def by_hand(look, parts, width):
-    """A `Stream` that reads one part after the other in this process; Ray's reads them in several processes."""
+    """A `Stream` that reads the parts one by one in this process; the stream of Ray uses several processes."""
     assert width >= 1
     for part in parts:
         yield from look(part)

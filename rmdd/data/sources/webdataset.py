@@ -61,7 +61,7 @@ class TruncatedTar(Exception):
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that raises `TruncatedTar` if damaged; `tarfile` would treat a damaged header as the end."""
+    """A tar header that raises `TruncatedTar` if damaged; `tarfile` would take it for the end of the file."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:

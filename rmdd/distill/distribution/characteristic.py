@@ -55,8 +55,8 @@ class FrequencyNet(nn.Module):
 
     The network has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row
     gives `REPEATS` frequencies: fresh normal noise, multiplied coordinate by coordinate by the row. With `repeat`, as
-    in the released code, all of them equal the row itself. Because tanh bounds the rows, high frequencies cannot be
-    reached, unless `learned_scale` multiplies all frequencies by one learned factor.
+    in the released code, all these frequencies equal the row itself. Because tanh bounds the rows, high frequencies
+    cannot be reached, unless `learned_scale` multiplies all frequencies by one learned factor.
     """
 
     def __init__(self, width: int, norm: Norm, *, repeat: bool = False, learned_scale: bool = False):

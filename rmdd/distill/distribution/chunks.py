@@ -13,7 +13,7 @@ from torch import Tensor
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Function that encodes pairs: (images, texts) -> (image features, text features)."""
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""Loss function on features: (image features, text features) -> (loss, parts of the loss by name)."""
+"""Loss function on features: (image features, text features) -> (loss, terms of the loss by name)."""
 
 
 def gradient_in_chunks(
@@ -23,7 +23,7 @@ def gradient_in_chunks(
     loss_of: LossOf,
     chunk: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the gradients of the loss with respect to `images` and `texts`, and the parts of the loss, detached."""
+    """Return the gradients of the loss with respect to `images` and `texts`, and the detached terms of the loss."""
     pieces = list(zip(images.split(chunk), texts.split(chunk), strict=True))
     if len(pieces) == 1:
         leaves = [t.detach().requires_grad_() for t in pieces[0]]

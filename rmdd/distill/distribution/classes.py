@@ -1,7 +1,7 @@
 """Divide pairs into clusters, which replace the classes of NCFM, and choose the initial pairs of each cluster.
 
-Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. Cluster sizes count distinct images,
-because one image with all its captions can fill a cluster.
+Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. The size of a cluster is its
+number of distinct images, not of records, because the captions of one image could fill a cluster.
 """
 
 from typing import Literal
@@ -76,7 +76,7 @@ def _centre(points: np.ndarray) -> np.ndarray:
 
 
 def _half(points: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Return a mask that selects all points of the half of the images at one end of the first principal axis."""
+    """Halve the images along the first principal axis of their points; return a mask of the points of one half."""
     centred = points - points.mean(axis=0)
     axis = centred[(centred**2).sum(axis=1).argmax()]
     for _ in range(8):  # power iterations converge to the first principal axis

@@ -23,7 +23,7 @@ Side = Literal["joint", "image", "text"]
 SAMPLE = 65_536
 """Largest number of caption records that k-means is fitted on; the initial pairs are chosen from all records."""
 IMAGES, RECORDS = 256, 8192
-"""Number of images in one forward pass, and number of caption records in one block."""
+"""Number of images per forward pass, and of caption records per block of embeddings."""
 ROUNDS = 100
 """Largest number of k-means iterations."""
 

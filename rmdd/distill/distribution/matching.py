@@ -1,8 +1,8 @@
 """The distribution-matching loop of one phase: draw, compare features, average gradients, clip, update, checkpoint.
 
 A step trains no student: it uses the gradient of a loss between the features of real and synthetic pairs under a
-teacher. A step averages the gradients of several draws; rank k of `size` ranks computes draws k, k + size, ... They are
-averaged in the order of the draws, so any number of ranks gives bit-identical results.
+teacher. A step averages the gradients of several random draws. Of `size` workers, worker (rank) k computes draws
+k, k + size, ... The average is taken in the order of the draws, so any number of workers gives bit-identical results.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit
 
 LossParts = dict[str, float]
-"""Numbers of one draw by name: its loss, with the key `loss`, and the parts of this loss."""
+"""Loss values of one random draw by name: its loss under the key `loss`, and the terms of this loss."""
 
 
 @runtime_checkable
@@ -33,12 +33,12 @@ class Objective(Protocol):
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
         """Return the gradient of the loss of one draw for every tensor of the set; also return the loss and its parts.
 
-        A part named `pace`, equal for all draws of a step, multiplies the learning rates of images and texts.
+        If the parts include `pace`, equal in all draws of a step, it multiplies the learning rates of images and texts.
         """
         ...
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Update the online model or frequency network after a step; every rank does the same update."""
+        """Update the online model or frequency network after a step; every worker makes the same update."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Rank:
         self.device, self.draws = device, range(rank, method.options.draws, size)
 
     def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, LossParts]]:
-        """Return gradients and parts of the loss for the draws that this rank computes, in the order of the draws."""
+        """Return gradients and loss terms of the random draws that this worker computes, in the order of the draws."""
         local = synthetic.map(lambda t: t.to(self.device))
         results = (self.objective.gradient(local, iteration, draw) for draw in self.draws)
         return [(gradient.map(lambda t: t.to(synthetic.images.device)), parts) for gradient, parts in results]
@@ -143,7 +143,7 @@ class Averaging:
 
 
 def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossParts]:
-    """Return the gradient and the parts of the loss, averaged over all draws in the order of `results`."""
+    """Return the gradient and the loss terms, averaged over all random draws in the order of `results`."""
     first, count = results[0][0], len(results)
     if count == 1:
         return first, dict(results[0][1])

@@ -1,4 +1,4 @@
-"""The merged teachers of MDM: averages of two checkpoints; tensors in which these disagree are pulled to the anchor.
+"""The merged teachers of MDM: averages of two checkpoints, pulled to the anchor where the two disagree.
 
 With displacements d_1, d_2 of a tensor from the anchor w_0 and the cosine c between both displacements,
 
@@ -67,7 +67,7 @@ def draw_two(
         )
 
     first = Cell(_draw(experts, random), _draw(epochs, random))
-    single_epoch = len(epochs) == 1  # then the second checkpoint is of a different expert
+    single_epoch = len(epochs) == 1  # then the two experts must differ
     other = first.expert if within else _draw([e for e in experts if not (single_epoch and e == first.expert)], random)
     return first, Cell(other, _draw([e for e in epochs if other != first.expert or e != first.epoch], random))
 

@@ -32,7 +32,7 @@ def features_of(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"])
 
 
 def to_pixels(tower: Tower, synthetic: Synthetic, batches: Int[Tensor, "K B"], matched: MetaGradient) -> MetaGradient:
-    """Return `matched` with the gradient for the features replaced by the gradient for the images of `synthetic`."""
+    """Convert the gradient `matched` for features to a gradient for the pixels of `synthetic`."""
     pixels = torch.zeros_like(synthetic.images)
     for part in batches.unique().to(pixels.device).split(CHUNK):
         images = synthetic.images[part].requires_grad_()

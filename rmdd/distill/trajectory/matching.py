@@ -51,7 +51,7 @@ class Matched(Protocol):
 
 
 class Matcher:
-    """Computes the meta-gradients of one phase; holds the student model and the paths along which experts move."""
+    """Computes the meta-gradients of one phase; holds the student model and the experts' paths."""
 
     def __init__(self, method: Matched, phase: int, store: Store, model: DualEncoder, device: torch.device):
         self.method, self.run = method, method.run

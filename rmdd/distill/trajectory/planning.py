@@ -123,7 +123,7 @@ def ranges(
 ) -> list[tuple[int, int]]:
     """Return the half-open range of start epochs of each phase.
 
-    `agreement(phase, endpoint)` returns the cosines between the matching gradients at all start epochs.
+    `agreement(phase, endpoint)` returns the cosines between the matching gradients at any two start epochs.
     """
     plan = rule.plan
     spans: list[tuple[int, int]] = []
@@ -150,7 +150,7 @@ def planned_budget_error(run: config.Run, text_width: int) -> str | None:
 
 
 def _includes_stop(rule: config.Distill) -> int:
-    """Return 1 if starts are real numbers, which come arbitrarily close to the excluded end of a range; otherwise 0."""
+    """Return 1 if starts are real numbers, because these come arbitrarily close to the end of a range; otherwise 0."""
     return int(rule.real_starts)
 
 

@@ -1,7 +1,7 @@
 """Statistics of expert trajectories: straightness, matching gradients at several starts, and the teacher's gain.
 
-Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T start epochs, R samples (an expert and a draw) per start,
-N and L sizes of the gradient on the images and on the texts.
+Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T start epochs, R samples per start (one
+per expert and draw), N and L numbers of entries of the image gradient and of the text gradient.
 """
 
 import itertools
@@ -98,11 +98,11 @@ class Probe:
         return gradients.mean(dim=1)
 
     def cosine(self, part: str) -> Float[Tensor, "T T"]:
-        """Return the cosines between the mean gradients at all starts."""
+        """Return the cosines between the mean gradients at any two starts."""
         return cosine_matrix(self.mean(part))
 
     def agreement(self) -> Float[Tensor, "T T"]:
-        """Return the cosines between the gradients at all starts, averaged over image and text gradients."""
+        """Return the cosines between the gradients at any two starts, averaged over image and text gradients."""
         return (self.cosine("images") + self.cosine("texts")) / 2
 
     def norms(self, part: str) -> Float[Tensor, " T"]:
@@ -146,7 +146,7 @@ def probe(
 
 
 def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts: int | None = None) -> config.Run:
-    """Return a copy of `run` with a single phase of `pairs` pairs to `endpoint`, in which every start epoch is allowed.
+    """Return a copy of `run` with a single phase: `pairs` pairs, the given `endpoint`, and all start epochs.
 
     `trajectory` is the kind of path, `shortcut` or `original`; `original` needs stores that keep every epoch. Only the
     first `experts` experts are used.

@@ -36,7 +36,7 @@ def unbroken(toy, learning, tmp_path_factory):
 
 
 def test_a_phase_is_the_plain_loop(toy, tmp_path):
-    """Compare a phase with torch's own clipping and SGD on the mean of two draws; the sets must be bit-identical."""
+    """Compare a phase with a loop of torch's clipping and SGD on the mean gradient of two draws, bit for bit."""
     run = run_of(toy.folder, {"draws": 2})
     assert distil(toy, tmp_path, run)
     records, method = read_json(tmp_path / "records.json"), method_of(run)
@@ -129,7 +129,7 @@ def test_ranks_on_ray_resume_bit_identically(ray_local, toy, learning, unbroken,
     def make(number, size):
         import sys
 
-        sys.path.insert(0, tests)  # so workers can import the method from `toy_mdm`
+        sys.path.insert(0, tests)  # workers import the method from `toy_mdm`
         from rmdd.runs.tasks import part_of_phase
 
         return part_of_phase(item, number, size)

@@ -120,7 +120,7 @@ def test_the_endpoint_never_moves_to_a_bent_shortcut(store):
 
 @pytest.mark.parametrize("reuse_graphs", [0, 2])
 def test_moves_follow_the_slow_cosines(make, reuse_graphs):
-    """Compare the moves of each bound with cosines of gradients computed one by one in float64, for several sets."""
+    """Check that each bound moves as cosines of gradients computed one by one in float64 demand, for several sets."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
     made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)

@@ -67,7 +67,7 @@ def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_pat
         theta, target = ({n: point[n] for n in names} for point in (theta, target))
         now = first_set().with_tensors({n: t.detach() for n, t in leaves.items()})
         compute = student_loss(model, rule, drawn.dropout_seeds)
-        engine = Engine(second_pass="forward")  # the phase chooses this mode, too
+        engine = Engine(second_pass="forward")  # the phase also uses forward mode
         results = meta_gradient(compute, theta, target, now, drawn.batches, estimator=estimator, engine=engine)
         for n, g in results.gradient.tensors().items():
             leaves[n].grad = g

@@ -199,7 +199,7 @@ TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": 3, "lr_image": 0.3, "lr_text": 0.3},
     distill={
-        "reuse_graphs": 2,  # at this size, kept graphs save time
+        "reuse_graphs": 2,  # runs of this size are faster with kept graphs
         "phases": "auto",
         "plan": {
             "iterations": 12,

@@ -126,7 +126,7 @@ def test_principal_components_are_those_of_the_covariance():
 @pytest.mark.parametrize("trajectory", ["original", "shortcut"])
 @pytest.mark.parametrize(("method", "options"), [("mct", {}), ("ptm_st", {}), ("amd", {"ranges": "stated"})])
 def test_every_draw_of_a_probed_run_lies_on_its_path(make, trajectory, method, options):
-    """Check that every draw lies on the path, whatever the run's ranges, because the engine is chosen with a draw."""
+    """Check that draws lie on the path whatever the run's ranges are; the engine options depend on such a draw."""
     run = method_run(method, trajectory="shortcut", start_rule="inclusive", steps=2, options=options)
     made = make(probing(run, EPOCHS, trajectory, PAIRS))
     for i in range(20):
