@@ -227,7 +227,7 @@ def protocol_of(
     overrides: list[str],
     load: Load,
 ) -> config.Run:
-    """Return the run that gives rows data and evaluation settings, minus `evaluate.probes`. Raises `ConfigError`."""
+    """Return the run whose data and evaluation settings all rows use; it has no probes. Raises `ConfigError`."""
     run = _protocol_of(entries, source, overrides, load)
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
 
