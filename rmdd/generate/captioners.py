@@ -157,8 +157,8 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Choose captions of the dataset to replace missing answers of a captioner. The remaining captions of the image of
-    caption `record` come first, then the captions with the highest cosine with caption `record`.
+    """Choose captions of the dataset to replace missing answers of a captioner. Captions of the same image as caption
+    `record` come first, then the captions with the highest cosine with caption `record`.
 
     `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some captions may be equal.
     """

@@ -252,7 +252,7 @@ class PictureWriter:
         plain = {name: value for name, value in request.items() if not isinstance(value, Tensor)}
         about = plain | {"native": native, "request": request_hash(request)}
         if redrawn:
-            about["redrawn"] = redrawn  # the number of earlier seeds, all of which gave images of one colour
+            about["redrawn"] = redrawn  # number of seeds tried before, which gave images of one colour
         write_json(picture_of(self.folder, index).with_suffix(".json"), about)
 
 

@@ -45,7 +45,7 @@ class EdgeTuning(Section):
     )
     batch: int = Field(128, ge=2, description="number of pairs in a batch of the contrastive loss")
     micro_batch: PositiveInt | None = Field(
-        None, description="number of pairs per forward pass, which limits memory use only; null: the entire batch"
+        None, description="number of pairs per forward pass; it changes memory use only; null: the entire batch"
     )
     size: PositiveInt = Field(256, description="side in pixels of the images in fine-tuning; released code: 224")
     lr: PositiveFloat = Field(1e-3, description="learning rate of SGD without momentum")
@@ -199,7 +199,7 @@ class EdgeTrainer:
     # -- the losses --------------------------------------------------------------------------------------------------
 
     def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return the CLIP features of the denoised images, and the UNet's mean squared error, summed over pairs."""
+        """Return the CLIP features of the denoised images, and the UNet's squared error (sum of pair means)."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)

@@ -39,7 +39,7 @@ from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.models.text import encoder_identity
 
 BATCH, CLIP_BATCH = 256, 64
-"""Number of images or captions per forward pass: BATCH of an image tower, CLIP_BATCH of a CLIP model."""
+"""Number of images or captions per forward pass: BATCH for image towers, CLIP_BATCH for CLIP models."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class FeatureSource:
 def features(
     source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """Return four values: the features of `items` in the space `choice.space`; a dict of all that determines them; the
-    image and text features from which they are computed; and the folder that holds the features of `items`."""
+    """Return the features of `items` in the space `choice.space`, a dict of all settings that determine these features,
+    the image and text features of the train split, and the folder that stores the features of `items`."""
     identity = identity_of(source, train, choice.encoder)
     sides = sides_of(source, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
@@ -77,12 +77,12 @@ def features(
 
 
 def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> dict[str, Any]:
-    """Return everything that determines the features of the train split by the encoder named `encoder`."""
+    """Return all values on which the features of the train split depend, if the encoder `encoder` computes them."""
     return {"data": train.split.dataset.hash, **encoder_facts(source, encoder)}
 
 
 def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
-    """Return everything that determines the features by the encoder named `encoder`, except the dataset."""
+    """Return all values, except the dataset, on which the features computed by the encoder `encoder` depend."""
     data, model, device = source.splits.data, source.splits.model, device_of(source.runtime).type
     view = hashed(data, "features")
     kind, _, name = encoder.partition(":")

@@ -25,7 +25,7 @@ class Modes:
     records: list[int]
     """For each cluster, the caption record whose text embedding is nearest to the cluster's mean text embedding."""
     members: list[int]
-    """Number of caption records in each cluster. If it is 0, latent and caption are those of an unused record."""
+    """Number of caption records in each cluster; an empty cluster takes latent and caption from an unused record."""
 
 
 def modes_of(
@@ -43,7 +43,7 @@ def modes_of(
     the latent nearest to the mean (`kind` nearest). Raises `ValueError` if there are fewer latents than clusters.
     """
     if k > len(rows):
-        raise ValueError(f"{k} pairs need as many latents, found {len(rows)}; lower distill.phases.*.pairs")
+        raise ValueError(f"{k} pairs need at least {k} latents, found {len(rows)}; lower distill.phases.*.pairs")
     low = reduced(rows, components, seed)
     ids = rows.ids
     positions = np.arange(len(rows))
@@ -64,7 +64,7 @@ def modes_of(
 def reduced(rows: Rows, components: int | None, seed: int) -> Float32[np.ndarray, "T P"]:
     """Project rows on their first `components` principal components, computed from a sample.
 
-    All rows are returned unprojected if `components` is None, or at least the number of rows or of columns.
+    Nothing is projected if `components` is None, or if `components` is at least the number of rows or of columns.
     """
     from sklearn.decomposition import PCA
 
@@ -100,7 +100,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return, for each cluster, the position of its row that is nearest to its centre, or 0 if the cluster is empty."""
+    """Return, for each cluster, the position of the row nearest to its centre, or 0 for an empty cluster."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)

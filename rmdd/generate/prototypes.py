@@ -32,7 +32,7 @@ RecordIds = Int64[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class PairMembers:
-    """The records of one prototype (its cell); `images` and `texts` differ only if matched clusters share no record."""
+    """The records of one prototype (its cell). `images` equals `texts`, unless the matched clusters share no record."""
 
     images: RecordIds
     texts: RecordIds
@@ -154,7 +154,7 @@ def partition(
 
 
 def open_side(folder: Path, normalize: bool, rank: int, size: int) -> Shard:
-    """Open the share of the feature rows in `folder` that worker `rank` of `size` workers keeps."""
+    """Open those feature rows in `folder` for which worker `rank` (of `size` workers) is responsible."""
     rows = Rows.open(folder).share(rank, size)
     return Shard(_units(rows) if normalize else rows)
 
@@ -167,7 +167,7 @@ def _nearest(ranks: WorkerParts, centroids: np.ndarray, count: int) -> tuple[np.
 
 
 def refill_empty_clusters(label: np.ndarray, distance: np.ndarray, of: RecordIds, k: int) -> RecordIds:
-    """Move to each empty cluster the row in `of` that is farthest from its own centroid; return each row's cluster."""
+    """Move the rows farthest from their centroids to the empty clusters, one to each; return each row's cluster."""
     label, used = label.copy(), np.unique(of)
     count = np.bincount(label[used], minlength=k)
     far = used[np.lexsort((used, -distance[used]))].tolist()
@@ -190,7 +190,7 @@ def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
 
 
 def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
-    """Return the records that each image cluster shares with its matched text cluster, without empty cells."""
+    """Return the records that each image cluster shares with its matched text cluster, if they share any."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
@@ -198,9 +198,9 @@ def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMem
 def split_largest_cells(
     cells: Sequence[PairMembers], pairs: int, a: RecordIds, b: RecordIds, joint: Any, seed: int
 ) -> list[PairMembers]:
-    """Split the cell with most records in two, by 2-means on `joint(members)`, until there are `pairs` cells.
+    """Split the largest cell (records of a prototype) by 2-means on `joint(members)`, until there are `pairs` cells.
 
-    If no cell can be split, the largest groups of records outside all cells become cells.
+    If no cell can be split, the largest groups of records that belong to no cell become cells.
     """
     result = list(cells)
     matched = np.zeros(len(a), bool)
@@ -231,7 +231,7 @@ def _halves(members: RecordIds, rows: np.ndarray, seed: int) -> list[RecordIds]:
 
 
 def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> list[RecordIds]:
-    """Return the records outside all cells, grouped by their pair of image and text cluster, largest group first."""
+    """Return the records that belong to no cell, grouped by image cluster and text cluster, largest group first."""
     remaining = np.flatnonzero(~matched)
     _, group = np.unique(np.stack([a[remaining], b[remaining]]), axis=1, return_inverse=True)
     groups = [remaining[group.ravel() == g] for g in range(int(group.max(initial=-1)) + 1)]
@@ -239,7 +239,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """Return, for each image cluster in `empty`, a cell with all records of it and of its matched text cluster."""
+    """For each image cluster in `empty`, return all records of this cluster and all records of its text cluster."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 

@@ -139,7 +139,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """A decoder that adds noise to a pair's scaled latent `mode` and runs the last share `strength` of all steps."""
+    """A decoder that adds noise to the latent `mode` of a pair and runs the last fraction `strength` of the steps."""
 
     kind = "StableDiffusionImg2Img"
 

@@ -85,7 +85,7 @@ class Studio:
         """Return a function `(make, items)` that processes work items on the workers (with `here`: in this process).
 
         The function shows progress, and can be interrupted between two items. The callable that `make()` returns is
-        called with each item, and must return `{unit: count}`.
+        called with each item; it returns the work done, as `{unit: count}`.
         """
         stream = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 
@@ -179,7 +179,7 @@ class Studio:
 
 
 def _stored(make: Callable[[], Callable[[Values], Values]], runtime: config.Runtime) -> Callable[[Values], Values]:
-    """Open the storage, which publishes the files that the worker writes, then return `make()`."""
+    """Open the storage, so that the files of this worker are published to it; then return `make()`."""
     open_storage(runtime)
     return make()
 

@@ -46,8 +46,8 @@ class AMD(LoRS):
     plain_options: ClassVar[dict[str, Any]] = {"ranges": "stated", "starts": "together"}
     card = "ICLR 2026"
     verified = (
-        "Tests: the start ranges, prototypes and updates equal those of a slow float64 implementation. Emoji: scores "
-        "like LoRS. Not verified: the published numbers, which need a GPU."
+        "Tests: the start ranges, prototypes and updates equal those of a slow float64 implementation. On emoji pairs, "
+        "it scores like LoRS. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
 
@@ -105,7 +105,7 @@ def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, t
     for tower, epoch in reach.items():
         if epoch > last:
             _logger.warning(
-                "the %s start range up to epoch %d is cut to %d, the last start with a target on the path",
+                "the %s start range ends at epoch %d; it is cut to %d, the last start whose target is on the path",
                 tower,
                 epoch,
                 last,

@@ -96,16 +96,16 @@ class BaseMethod:
 
     @classmethod
     def clashes(cls, run: config.Run) -> list[str]:
-        """Return one message per setting that does not work with this method; each says what to set."""
+        """Return one message per setting that does not work with this method; each message says what to set."""
         return []
 
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         """Return one message per combination of run-file fields that no method of the family supports. This version
-        serves the families that do not match trajectories."""
+        is for families without trajectory matching."""
         mistakes = []
         if rule.plan.plans or not rule.phases:
-            text = f"distill.method {rule.method} matches no trajectories, so it plans no phases; list distill.phases"
+            text = f"distill.method {rule.method} cannot plan phases automatically; list distill.phases"
             mistakes.append(Clash(text, "distill.method", "distill.phases", "plan.kind"))
         if rule.similarity.kind != "identity":
             text = f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity"
@@ -183,7 +183,7 @@ class BaseMethod:
     ) -> bool:
         """Run one phase from its last checkpoint, or from the start; return whether the phase finished.
 
-        It is only called if `iterates` is True. `ranks` are workers that each hold the object returned by
+        This function is called only if `iterates` is True. `ranks` are workers that each hold the object returned by
         `part_of_step`; if `ranks` is None, this process computes every step alone.
         """
         raise NotImplementedError(f"{type(self).__name__} sets `iterates` but does not define `distil`; define it")
@@ -194,7 +194,7 @@ class BaseMethod:
 
     @property
     def draws(self) -> int:
-        """Number of random draws per step, whose gradients are averaged. Workers can compute the draws in parallel."""
+        """Number of random draws per step. Workers can compute them in parallel; their gradients are averaged."""
         return 1
 
     def part_of_step(

@@ -1,7 +1,7 @@
 """DATM: difficulty-aligned trajectory matching (arXiv 2310.05773), adapted to image-text pairs.
 
 Early expert epochs teach easy patterns and late epochs teach hard ones. DATM therefore lets the range of start epochs
-grow during distillation, and gives larger budgets later ranges. At iteration i, with T- = `start`, T0 = `grow_from`,
+grow during distillation, and uses later ranges for larger budgets. At iteration i, with T- = `start`, T0 = `grow_from`,
 T+ = `stop` and i_end = `grow_until` (fields of `distill.phases`),
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
@@ -24,8 +24,8 @@ class DATM(LoRS):
     grows: ClassVar[bool] = True
     card = "2310.05773"
     verified = (
-        "Tests: the growing start ranges and the updates equal those of a slow float64 implementation. Emoji: scores "
-        "lower than LoRS, as published. Not verified: the published numbers, which need a GPU."
+        "Tests: the growing start ranges and the updates equal those of a slow float64 implementation. On emoji pairs, "
+        "it scores lower than LoRS, as published. Not verified: the published numbers, which need a GPU."
     )
     # We chose this start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.
     defaults = filled(

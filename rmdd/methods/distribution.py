@@ -125,5 +125,5 @@ class DistributionMethod(BaseMethod, ABC):
         return Effort(0, self.options.draws * pairs, pairs)
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """Return the distilled set as students read it, with texts as (M, F) embeddings."""
+        """Return the distilled set in the form on which students are trained, with texts as (M, F) embeddings."""
         return synthetic

@@ -103,7 +103,7 @@ class EDGE(TunedMethod):
         if options.captions_per_image > 1 and options.captioner.kind == "none":
             return [
                 "distill.options.captioner.kind none gives one caption per image; set "
-                "distill.options.captions_per_image to 1, or another captioner"
+                "distill.options.captions_per_image to 1, or choose a captioner"
             ]
         return []
 

@@ -35,16 +35,16 @@ class LoRS(Method):
     class Options(Method.Options):
         rate_branches: Literal["same", "separate"] = Field(
             "same",
-            description="with branches: merged, the squared distance that divides the gradient of a student learning "
-            "rate; same: the sum over both towers; separate: the distance of that rate's tower, as released",
+            description="squared distance by which the gradient of a student learning rate is divided, with branches: "
+            "merged; same: sum over both towers; separate: distance of the tower with that rate, as released",
         )
 
     options: Options
     reference = "lors"
     card = "2406.03793"
     verified = (
-        "Tests: the gradients and updates equal those of a slow float64 implementation. Emoji: scores higher than "
-        "random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the gradients and updates equal those of a slow float64 implementation. On emoji pairs, it scores "
+        "higher than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},
@@ -78,8 +78,8 @@ class LoRS(Method):
 def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
     """Rescale the gradients of the student learning rates like the released code, and return the changed `result`.
 
-    With `branches: merged`, the sum of both towers' squared distances divides both of these gradients. After rescaling,
-    the squared distance of one tower divides the gradient of that tower's learning rate.
+    Before rescaling (`branches: merged`), both gradients are divided by the sum of both towers' squared distances.
+    After rescaling, the gradient of a tower's learning rate is divided by the squared distance of that tower only.
     """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]

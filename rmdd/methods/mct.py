@@ -32,7 +32,9 @@ class MCT(LoRS):
         anchors: Annotated[int, Field(ge=2)] = Field(
             2, description="number of checkpoints that the path connects by straight lines"
         )
-        smooth_anchors: bool = Field(False, description="replace each anchor by its mean with its neighbours")
+        smooth_anchors: bool = Field(
+            False, description="replace each anchor by its mean with the checkpoints one epoch before and after it"
+        )
         start_points: Literal["continuous", "integer"] = Field(
             "continuous", description="continuous: draw real-valued start epochs; integer: draw integer ones"
         )

@@ -72,7 +72,7 @@ class MDM(DistributionMethod):
         partners: Literal["any", "same_expert"] = Field(
             "any",
             description="any: checkpoints of any experts, with epoch 0 of the first expert as the anchor; same_expert: "
-            "checkpoints of one expert, with its own epoch 0 as the anchor, if experts start from different weights",
+            "checkpoints of one expert, with its epoch 0 as the anchor, for experts that start from different weights",
         )
         alpha: NonNegativeFloat = Field(0.5, description="mixed: alpha in the formula of the merge; 0 gives the anchor")
         positive_cosine: bool = Field(
@@ -109,8 +109,8 @@ class MDM(DistributionMethod):
     reference = "mdm"
     card = "2605.23482"
     verified = (
-        "Tests: the loss terms equal those of slow implementations, and a resumed run gives the same bits. Emoji: the "
-        "method runs. Not verified: the published numbers, which need NFNet, BERT and a GPU."
+        "Tests: the loss terms equal those of slow implementations, and a resumed run gives the same bits. On emoji "
+        "pairs, the method runs. Not verified: the published numbers, which need NFNet, BERT and a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},
@@ -216,8 +216,8 @@ class Teacher:
             self._current = key
 
     def _load(self, random: torch.Generator, share: float | None = None) -> None:
-        """Draw a random teacher and load its parameters. For the kinds weighted_sum and naive, `share` replaces the
-        random share of the way from the anchor to a checkpoint."""
+        """Draw a random teacher and load its parameters. For the kinds weighted_sum and naive, the teacher lies between
+        the anchor and a checkpoint, at the fraction `share` of the way (None: a random fraction)."""
         kind, pool = self.options.teacher, self.pool
 
         def random_cell(epochs: list[int]) -> merging.Cell:
@@ -251,7 +251,7 @@ class Teacher:
         return {n: p.to(self.device, non_blocking=True) for n, p in self.pool.read(cell).items()}
 
     def _start(self, expert: int) -> Params:
-        """Return the parameters of `expert` at epoch 0; with `partners: any`, always those of the first call."""
+        """Return the parameters of `expert` at epoch 0; with `partners: any`, repeat the result of the first call."""
         if self.options.partners == "same_expert":
             return self._read(merging.Cell(expert, 0))
         if self._anchor is None:
@@ -295,7 +295,7 @@ class MDMObjective:
         return zero.with_tensors(zero.tensors() | named), values
 
     def terms(self, real: tuple[Tensor, Tensor], distilled: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Return the unweighted loss terms; both arguments are (image embeddings, text embeddings) of unit length."""
+        """Return the unweighted loss terms. Each argument is a tuple of image and text embeddings of unit length."""
         o = self.options
         terms = {"loss_nce": sphere.contrastive(*distilled, self.temperature)}
         for name, joint in (("agreement", sphere.agreement), ("discrepancy", sphere.discrepancy)):

@@ -20,7 +20,7 @@ class MTTVL(Method):
     reference = "mtt_vl"
     card = "2308.07545"
     verified = (
-        "Tests: the gradients equal those of a full unroll in float64. Emoji: scores like random pairs. "
+        "Tests: the gradients equal those of a full unroll in float64. On emoji pairs, it scores like random pairs. "
         "Not verified: the published numbers, which need a GPU."
     )
     defaults = {

@@ -55,7 +55,7 @@ class PDS(GenerativeMethod):
     reference = "pds"
     card = "arXiv 2602.19756"
     verified = (
-        "Tests: all steps run with tiny random models of the published classes. Emoji: all steps run with "
+        "Tests: all steps run with tiny random models of the published classes. On emoji pairs, all steps run with "
         "decode: nearest. Not verified (needs a GPU): images that the published weights generate."
     )
     defaults = {
@@ -87,13 +87,13 @@ class PDS(GenerativeMethod):
         pairless: Literal["topup", "keep_centres", "drop"] = Field(
             "topup",
             description="what happens to matched clusters that share no pair; topup: drop them and split the largest "
-            "matches until there are M; keep_centres: use their k-means centres; drop: drop them (fewer than M pairs)",
+            "others until M are left; keep_centres: use their k-means centres; drop: drop them (gives fewer pairs)",
         )
         rescale: bool = Field(
             False, description="scale each prototype to the mean norm of the features that it averages"
         )
         caption_pool: Literal["kept", "all"] = Field(
-            "kept", description="real captions to choose from; kept: those kept by rm_ratio; all: all captions"
+            "kept", description="real captions to choose from; kept: those left after pruning; all: all captions"
         )
         repeats: Literal["allow", "forbid"] = Field(
             "allow",
@@ -201,7 +201,7 @@ class PDS(GenerativeMethod):
         if len(prototypes.cells) < studio.pairs:
             studio.tools.progress.say(
                 f"pds: the set has {len(prototypes.cells)} of {studio.pairs} pairs, because pairless: drop removes "
-                "matches that share no pair"
+                "matched clusters that share no pair"
             )
         repeats = options.repeats == "allow"
         pool = remaining if options.caption_pool == "kept" else np.arange(len(split.captions))

@@ -47,5 +47,6 @@ class PTMST(Method):
     card = "2603.25388"
     verified = (
         "Tests: the paths, gradients and averages equal those of a slow float64 implementation; all ablations of Table "
-        "4 run. Emoji: scores higher than all other methods. Not verified: the published numbers, which need a GPU."
+        "4 run. On emoji pairs, it scores higher than all other methods. Not verified: the published numbers, which "
+        "need a GPU."
     )

@@ -63,8 +63,8 @@ class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
     verified = (
-        "Tests: the blended training steps equal those of a slow float64 implementation. Emoji: scores higher than "
-        "random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the blended training steps equal those of a slow float64 implementation. On emoji pairs, it scores "
+        "higher than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)
 

@@ -18,8 +18,8 @@ from rmdd.methods.lors import LoRS
 class TeslaVL(LoRS):
     card = "2211.10586"
     verified = (
-        "Tests: the gradients equal those of a slow float64 implementation of TESLA's two passes. Emoji: scores lower "
-        "than random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the gradients equal those of a slow float64 implementation of TESLA's two passes. On emoji pairs, it "
+        "scores lower than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled(
         {

@@ -55,7 +55,7 @@ class TunedMethod(GenerativeMethod):
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Return the image sizes in pixels that the diffusion model must support, by option name."""
+        """Return the image sizes in pixels that the diffusion model must support, by the name of their option."""
 
     def faults(self) -> list[str]:
         faults, generator = super().faults(), self.parts()[0]

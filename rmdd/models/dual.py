@@ -77,7 +77,7 @@ class DualEncoder(nn.Module):
         texts: Float[Tensor, "B F"],
         mixing: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "B B"]:
-        """Return the score of every image with every text; `mixing` changes the features of both before projection."""
+        """Return the score of every image with every text; `mixing` changes the features before projection."""
         features = self.image_tower(images)
         if mixing is not None:
             features, texts = mixing(features), mixing(texts)

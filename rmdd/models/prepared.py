@@ -44,7 +44,7 @@ class SplitSource:
     """Device that computes caption embeddings which are not in `cache`."""
 
     def open(self, split: str) -> PreparedSplit:
-        """Return the split named `split`; a process loads it once. Raises `ValueError` if the split has no captions."""
+        """Return the split named `split`, loaded once per process. Raises `ValueError` if the split has no captions."""
         return _open(self, split)
 
 

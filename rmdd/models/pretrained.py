@@ -136,7 +136,7 @@ class PretrainedModel:
         return "sha256:" + _content(folder, tuple((p, *_stamp(folder / p)) for p in self._used(folder)))
 
     def facts(self) -> dict[str, Any]:
-        """Return what an artefact records of the model. The licence is None if the model card names none."""
+        """Return what an artefact records about the model; the licence is None if the model card names none."""
         folder = self.folder()
         used = [folder / name for name in self._used(folder)]
         return {
@@ -185,7 +185,7 @@ def faults(parts: Iterable[PretrainedModel]) -> list[str]:
 
 
 def summary(part: PretrainedModel) -> dict[str, Any]:
-    """Return what `rmdd check` prints about a model: `facts()` if complete, else missing files and approximate size."""
+    """Return what `rmdd check` prints about a model: `facts()` if it is complete, otherwise missing files and size."""
     missing_files = part.missing_files()
     if not missing_files:
         return part.facts() | {"missing": []}

@@ -125,7 +125,7 @@ def text_width(tower: TextTower) -> int:
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Return a hash of the encoder's files, or of its hub id and commit; `pooling` and `max_tokens` do not count."""
+    """Return a hash of the encoder's files, or of its hub id and commit, independent of `pooling` and `max_tokens`."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)

@@ -26,7 +26,7 @@ class TokenTower(nn.Module):
         self.tokenizer, self.model = load(tower, device)
 
     def words(self, captions: Sequence[str]) -> Float[Tensor, "B L d"]:
-        """Return word embeddings, padded to the longest caption; differentiable in the parameters of the tower."""
+        """Return word embeddings of captions, padded to the longest one; differentiable in the tower's parameters."""
         limit = {"truncation": True, "max_length": self.tower.max_tokens}
         tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt", **limit).to(self.model.device)
         return self.model.get_input_embeddings()(tokens["input_ids"]) * tokens["attention_mask"][..., None]

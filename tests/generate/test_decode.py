@@ -105,7 +105,7 @@ def test_a_damaged_block_is_generated_again_with_the_same_bytes(tmp_path):
     assert all(is_drawn(tmp_path, r) for r in batch) and Image.open(picture_of(tmp_path, 3)).size == (6, 6)
     before = {i: picture_of(tmp_path, i).read_bytes() for i in range(5)}
     stamp = picture_of(tmp_path, 3).stat().st_mtime_ns
-    picture_of(tmp_path, 2).with_suffix(".json").unlink()  # as if a kill had come between writing PNG and JSON
+    picture_of(tmp_path, 2).with_suffix(".json").unlink()  # like a kill after the PNG file was written
     writer(tmp_path, log)({"block": 1})
     assert log[-1] == [2, 3] and {i: picture_of(tmp_path, i).read_bytes() for i in range(5)} == before
     assert picture_of(tmp_path, 3).stat().st_mtime_ns == stamp

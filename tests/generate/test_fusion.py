@@ -105,7 +105,7 @@ def test_alignment_is_cross_entropy_for_distinct_pairs_and_constant_for_one_imag
     expected = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(alignment(read, texts, torch.eye(6, dtype=torch.bool), 0.07), expected)
     read.requires_grad_(True)
-    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # with all pairs positive, it is constant
+    flat = alignment(read, texts, torch.ones(6, 6, dtype=torch.bool), 0.07)  # all pairs are positive: constant loss
     flat.backward()
     assert float(flat.detach()) == pytest.approx(math.log(6)) and float(read.grad.abs().max()) < 1e-12
 

@@ -52,7 +52,7 @@ def test_each_mode_of_equal_latents_has_a_record():
     rows = np.ones((6, 4), np.float32)
     modes = modes_of(Rows.of(rows), np.eye(6, dtype=np.float32), 3, seed=0)
     assert len(set(modes.records)) == 3 and sum(modes.members) == 6 and np.isfinite(modes.latents).all()
-    with pytest.raises(ValueError, match="7 pairs need as many latents, found 6"):
+    with pytest.raises(ValueError, match="7 pairs need at least 7 latents, found 6"):
         modes_of(Rows.of(rows), np.eye(6, dtype=np.float32), 7, seed=0)
 
 

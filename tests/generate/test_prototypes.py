@@ -1,4 +1,4 @@
-"""Matched prototypes, compared with slow exhaustive searches and with the clusters from which features are drawn."""
+"""Matched prototypes, compared with slow exhaustive searches and with the clusters planted in the features."""
 
 import itertools
 from pathlib import Path

@@ -128,7 +128,7 @@ def test_a_range_of_the_text_tower_needs_independent_starts():
 def test_each_tower_starts_at_its_own_epoch(make):
     setup = make(method_run("amd"))
     wide = {"image": (0, 3), "text": (0, 3)}
-    setup.matcher.ranges = wide  # ranges computed from random experts may hold one epoch only
+    setup.matcher.ranges = wide  # for random experts, the computed ranges may hold one epoch only
     different = set()
 
     def gradient_of(leaves, drawn):
@@ -151,7 +151,7 @@ def test_a_matcher_computes_the_ranges_from_its_experts(make):
 
 
 def prepared_split(images=30, width=toy.TEXT_WIDTH):
-    """Return a prepared split with images in three colours and two texts per image in three noisy directions."""
+    """Return a prepared split: images of three colours, two texts per image, and one text direction per colour."""
     random = np.random.default_rng(0)
     colour = np.array([(250, 20, 20), (20, 250, 20), (20, 20, 250)])[np.arange(images) % 3]
     pictures = np.clip(colour[:, :, None, None] + random.integers(-9, 9, (images, 3, toy.SIZE, toy.SIZE)), 0, 255)

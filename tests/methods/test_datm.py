@@ -11,7 +11,7 @@ RAMP = {"pairs": PAIRS, "start": 0, "stop": 3, "grow_from": 1, "grow_until": 40,
 
 
 def ramp(low, first, last, until, iteration):
-    """Return the bound U(i) of the paper, counted up from `first`, and the list of start epochs below it."""
+    """Return the bound U(i) of the paper for i = `iteration`, and the list of start epochs below the bound."""
     bound = first
     while bound < last and (bound + 1 - first) * until <= (last - first) * iteration:
         bound += 1

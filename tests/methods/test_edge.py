@@ -120,7 +120,7 @@ def test_an_image_of_one_colour_is_generated_again_with_the_next_seed(parts, mon
     images, calls = painter._images, []
 
     def blacked_out(requests, randoms):
-        """Generate images, the first of which is black in the first two attempts."""
+        """Generate images, but return a black one for the first two attempts at the first image."""
         calls.append([r["index"] for r in requests])
         pixels = images(requests, randoms).copy()
         pixels[0] *= len(calls) > 2
@@ -141,7 +141,7 @@ def test_images_do_not_depend_on_the_rest_of_the_batch(parts):
     alone = [painter.decode([request])[0] for request in requests]
     for batched, single in zip(together, alone, strict=True):
         difference = np.abs(np.asarray(batched, int) - np.asarray(single, int))
-        assert difference.max() <= 2, "another batch size may only change rounding"
+        assert difference.max() <= 2, "a different batch size may change rounding errors only"
     again = FromCaption(Path(parts["generator"]), torch.device("cpu"), Sampling(**SAMPLING))
     assert [i.tobytes() for i in again.decode(requests)] == [i.tobytes() for i in together]
     assert [again.decode([r])[0].tobytes() for r in requests[::-1]] == [i.tobytes() for i in alone[::-1]]
@@ -150,7 +150,7 @@ def test_images_do_not_depend_on_the_rest_of_the_batch(parts):
 
 
 def test_mistakes_are_reported_before_any_work(parts, tmp_path):
-    with pytest.raises(config.ConfigError, match="captions_per_image to 1, or another captioner"):
+    with pytest.raises(config.ConfigError, match="captions_per_image to 1, or choose a captioner"):
         drawn.run_of(tmp_path, "edge", 6, options(parts, captioner={"kind": "none"}))
     with pytest.raises(config.ConfigError, match=r"tuning.batch: .*found 1"):
         drawn.run_of(tmp_path, "edge", 6, options(parts, tuning={"batch": 1}))

@@ -221,7 +221,7 @@ def test_a_resumed_objective_gives_the_same_bits(store, train, extra):
     for second in (
         objective_of(method, store, train),
         first,
-    ):  # the saved state must also replace the later state of `first`
+    ):  # `load` must also work for `first`, which has a later state
         second.load(state)
         rest, more = descend(second, half, 3, start=3)
         assert same_tensors(rest.tensors(), uninterrupted.tensors()) and more == losses[3:]

@@ -118,7 +118,7 @@ def test_towers_without_double_backward_are_refused_only_if_trainable():
 
 def test_second_derivative_agrees_with_finite_differences():
     net = build_image_tower(CONVNET, generator(0, "tower"), 8).double()
-    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # smooth, as finite differences fail at ReLU's kink
+    net.blocks[2] = net.blocks[6] = torch.nn.Softplus()  # finite differences fail at ReLU's kink
     images = torch.randn(2, 3, 8, 8, generator=generator(0, "images"), dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().requires_grad_() for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]

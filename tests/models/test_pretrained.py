@@ -33,7 +33,7 @@ def models(tmp_path_factory):
 
 
 def in_cache(folder, cache, commit="c0ffee", name=HUB):
-    """Copy the model in `folder` into `cache` as the Hugging Face client stores it; return the folder of the copy."""
+    """Copy the model in `folder` into `cache`, in the layout of the Hugging Face client; return the copy's folder."""
     entry = cache / f"models--{name.replace('/', '--')}"
     (entry / "refs").mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(commit)
@@ -111,7 +111,7 @@ def test_without_a_network_a_missing_hub_id_is_reported_with_its_size_and_remedy
 
 @contextlib.contextmanager
 def hub_of(folder):
-    """Start a local server like the Hugging Face hub with `folder` as model `HUB`, commit `OLD`; yield its address."""
+    """Serve `folder` as commit `OLD` of model `HUB` from a local imitation of the Hugging Face hub; yield the URL."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
