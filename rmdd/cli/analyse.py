@@ -62,7 +62,7 @@ def collapse(
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Outer iterations of each distillation; default: those of phase 0.")
     ] = None,
-    trajectories: Annotated[str, typer.Option(help="Kinds: original, shortcut, or original,shortcut.")] = "original",
+    trajectories: Annotated[str, typer.Option(help="Use original, shortcut, or original,shortcut.")] = "original",
 ) -> Output:
     """Distil once per range of start epochs and compare students with the experts they match (Figure 2a, Table 7)."""
     from rmdd.analyse.tables import collapse
@@ -98,7 +98,7 @@ def linearity(
     endpoint: Endpoint = None,
     start: Annotated[float, typer.Option(help="Start epoch on the trajectory; may be a fraction such as 0.5.")] = 0.5,
     halvings: Annotated[int, typer.Option(min=1, help="How often to halve the distance between two start points.")] = 5,
-    inner_steps: Annotated[int, typer.Option(min=1, help="Number of inner steps; Proposition 1 is about one.")] = 1,
+    inner_steps: Annotated[int, typer.Option(min=1, help="Number of inner steps; Proposition 1 assumes one.")] = 1,
     shortcut_only: ShortcutOnly = False,
 ) -> Output:
     """Measure how the matching gradient changes with the start point on a trajectory (Proposition 1)."""

@@ -30,7 +30,7 @@ def step(
         typer.Option("--engine", help="Options of the step to measure, such as bfloat16,recompute; repeatable."),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Method whose step to measure too, such as repblend; repeatable.")
+        list[str] | None, typer.Option(help="Also measure the step of this method, such as repblend; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Number of steps to time for each variant.")] = 20,
     threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,

@@ -42,7 +42,7 @@ def compare(
         str | None, typer.Option("--against", metavar="NAME", help="Name of the row that all others are compared with.")
     ] = None,
     reencode: Annotated[
-        bool, typer.Option("--reencode", help="Embed captions again for sets made with another text encoder.")
+        bool, typer.Option("--reencode", help="Embed captions again for sets made with a different text encoder.")
     ] = False,
 ) -> Output:
     """Evaluate distilled sets and coresets under one protocol; print their scores, and published results."""

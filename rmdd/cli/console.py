@@ -71,7 +71,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with rows for runs (spread over their students), then for settings (spread over their seeds)."""
+    """Return a table of runs (with the spread over students), then of settings (with the spread over seeds)."""
     table = Table(
         title="R@mean in %, mean ± spread", caption="below the line: spread over seeds", caption_justify="left"
     )

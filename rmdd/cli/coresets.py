@@ -25,7 +25,7 @@ def coreset(
     like: Annotated[
         Path | None, typer.Option(metavar="SET", help="Select as many pairs as fit in the bytes of this distilled set.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="Captions per image: image: at most one; record: any number.")] = "image",
+    unit: Annotated[str, typer.Option(help="image: at most one caption per image; record: any number.")] = "image",
     encoder: Annotated[
         str,
         typer.Option(
@@ -37,7 +37,7 @@ def coreset(
     clusters: Annotated[int, typer.Option(help="k-means clusters, in each of which pairs are selected; 0: none.")] = 0,
     guard: Annotated[str, typer.Option(help="How to drop outliers first: none, centroids or cosine.")] = "none",
     never_learned: Annotated[
-        str, typer.Option(help="For forgetting: put pairs that were never learned first or last, or exclude them.")
+        str, typer.Option(help="For method forgetting: rank never-learned pairs first or last, or exclude them.")
     ] = "last",
     options: Annotated[
         list[str] | None,
@@ -46,7 +46,7 @@ def coreset(
         ),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Workers that share the features; default: by the features' size.")
+        int | None, typer.Option(min=1, help="Number of workers that divide the features; default: by their size.")
     ] = None,
     set_: Sets = None,
 ) -> Output:

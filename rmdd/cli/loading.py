@@ -14,7 +14,7 @@ from rmdd.runs.absolute import with_absolute_paths
 def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
     """Load a run and make its paths absolute, so that it can be resumed from any working folder.
 
-    The paths of local weights and text encoders are part of the run's hash: if they change, it is a new run.
+    The run's hash contains the paths of local weights and text encoders, so a run with different paths is a new run.
     """
     return with_absolute_paths(config.load(source, sets))
 

@@ -29,7 +29,7 @@ SearchFolder = Annotated[
 
 @command
 def sweep(call: Call, source: Source, over: Over = None, settings: Settings = None, set_: Sets = None) -> Output:
-    """Run many seeds, methods or settings in parallel; what runs have in common, such as experts, is done once."""
+    """Run many seeds, methods or settings in parallel; work that runs share, such as training experts, is done once."""
     from rmdd.searches.sweeps import members, read_over, read_settings
 
     listed = read_settings(settings) if settings else []

@@ -91,7 +91,7 @@ class Run(Section):
         if not image.trainable and image.weights == "random":
             text = (
                 "model.image.trainable is false and its weights are random: every expert and student would have "
-                "another frozen tower, so a set that is matched to one would not fit the others; set "
+                "a different frozen tower, so a set distilled with one tower would not fit the others; set "
                 "model.image.weights to pretrained (a timm model), a weights file or random:SEED (the same for all), "
                 "or set model.image.trainable to true"
             )

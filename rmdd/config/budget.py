@@ -12,7 +12,7 @@ from typing import Literal
 SimilarityKind = Literal["full", "low_rank", "identity"]
 
 RATES = 2
-"""Number of learned inner learning rates per phase: one of the image side, one of the text side."""
+"""Number of learned inner learning rates per phase: one for the image side, one for the text side."""
 
 
 def pair_parameters(image_size: int, text_width: int) -> int:

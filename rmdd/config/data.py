@@ -123,7 +123,7 @@ class Data(Section):
     )
     eval_limit: PositiveInt | None = Field(
         None,
-        description="number of pairs of val and of test to use, from the first on (often 10000 for CC3M); null: all",
+        description="use only the first N pairs of val and of test (N is often 10000 for CC3M); null: all pairs",
         json_schema_extra=hash_only("run", "view"),
     )
     reencode: PositiveInt | None = Field(
@@ -156,7 +156,7 @@ class Data(Section):
     )
     normalise: Literal["clip", "imagenet", "half", "tower"] = Field(
         "clip",
-        description="mean and standard deviation to normalise by; the papers use clip; tower: those of the timm model",
+        description="mean and standard deviation to normalise by; papers use clip; tower: the timm model's values",
         json_schema_extra=hash_only("run", "view", "features"),
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))

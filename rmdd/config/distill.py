@@ -85,8 +85,8 @@ class Similarity(Section):
 
 
 class Guard(Section):
-    """When a phase counts as diverged. A diverged phase returns to its last good state and continues with halved outer
-    learning rates."""
+    """Conditions under which a phase counts as diverged. It then returns to its last good state and
+    continues with halved outer learning rates."""
 
     retries: Annotated[int, Field(ge=0)] = Field(
         3, description="number of rollbacks after which a phase fails; not hashed", json_schema_extra=no_hash()
@@ -116,7 +116,7 @@ class Distill(Section):
     )
     options: dict[str, Any] = Field({}, description="options of the method; `rmdd methods NAME` lists them")
     budget: PositiveInt = Field(
-        100, description="size of the set in pairs; a learned similarity counts as some of them (rmdd.config.budget)"
+        100, description="size of the set in pairs; a learned similarity costs some of them (rmdd.config.budget)"
     )
     phases: tuple[Phase, ...] = Field(
         (Phase(pairs=99),),
@@ -126,11 +126,11 @@ class Distill(Section):
     )
     plan: Plan = Plan()
     budget_check: Literal["error", "warn"] = Field(
-        "error", description="whether phases above the budget raise an error or warn", json_schema_extra=no_hash()
+        "error", description="whether phases above the budget cause an error or a warning", json_schema_extra=no_hash()
     )
     trajectory: Literal["original", "shortcut", "convexified"] = Field(
         "shortcut",
-        description="path of the targets that students are matched to: original (the expert's epochs), shortcut (the "
+        description="trajectory that students are matched to: original (the expert's epochs), shortcut (the "
         "expert trajectory straightened to the endpoint), or convexified (straightened to the last epoch)",
     )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
@@ -152,8 +152,8 @@ class Distill(Section):
     )
     reuse_graphs: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="number of last inner steps whose autograd graph is kept from the first pass for the second: saves "
-        "up to 2/9 of the work of each such step, needs memory for its graph, and changes rounding; at most "
+        description="keep the autograd graphs of the last N inner steps from the first pass for the second; this saves "
+        "up to 2/9 of the work of each of these steps, needs more memory, and changes rounding; N is at most "
         "sqrt(steps) with keep_parameters: recompute",
     )
     loss: Literal["wbce", "infonce", "bce", "cwcl", "kl", "mse"] = Field(
@@ -164,7 +164,7 @@ class Distill(Section):
     )
     similarity: Similarity = Similarity()
     steps: PositiveInt = Field(8, description="number of inner steps (K) of a student")
-    match_epochs: PositiveInt = Field(1, description="expert epochs (dT) between the start and the target of a match")
+    match_epochs: PositiveInt = Field(1, description="expert epochs (dT) between a student's start and its target")
     batch: Annotated[int, Field(ge=2)] = Field(20, description="number of pairs per inner step (B)")
     batches: Literal["cycle", "independent"] = Field(
         "cycle", description="cycle: batches from permutations of all pairs; independent: a new draw each step (MTT-VL)"
@@ -284,7 +284,7 @@ class Distill(Section):
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Leave `phases` out of a run's hash if the phases are planned, and `plan` if the phases are listed.
 
-        The hash of a phase contains `plan` only for adaptive phases, which `plan` changes while they run.
+        The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
         if purpose == "run":
             return ("phases",) if self.plan.plans else ("plan",)

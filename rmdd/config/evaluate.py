@@ -122,7 +122,7 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results (rounding)."""
+    """Place and resources of a run; not hashed. Only `threads` and the use of a GPU change results (by rounding)."""
 
     storage: str = Field(
         "runs", description="folder or URI (s3://, gs://, abfs://, file://, ...) of all runs, expert stores and caches"

@@ -1,8 +1,8 @@
 """Hashes of the run file, by which results, experts and caches are found again.
 
 A hash has a purpose, such as "experts", and contains the fields that can change the result of that purpose. A field is
-in all hashes that contain its section, unless it is declared with `no_hash(...)` (not in the hashes of these purposes)
-or `hash_only(...)` (only in those). `Section.not_hashed` removes more fields, depending on the values of other fields.
+in all hashes that contain its section, unless it is declared with `no_hash(PURPOSES)`, which leaves it out of their
+hashes, or `hash_only(PURPOSES)`, which leaves it out of all others. `Section.not_hashed` may leave out more fields.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PURPOSES: tuple[str, ...] = get_args(Purpose)
 
 
 def no_hash(*purposes: Purpose) -> dict[str, Any]:
-    """Return a mark for `Field(json_schema_extra=...)`: the field is in no hash, or not in those of `purposes`."""
+    """Return the `json_schema_extra` of a field that is in no hash or, with `purposes`, not in the hashes of these."""
     return {"hash": [p for p in PURPOSES if purposes and p not in purposes]}
 
 
 def hash_only(*purposes: Purpose) -> dict[str, Any]:
-    """Return a mark for `Field(json_schema_extra=...)`: the field is only in the hashes of `purposes`."""
+    """Return the `json_schema_extra` of a field that is only in the hashes of `purposes`."""
     return {"hash": list(purposes)}
 
 

@@ -117,8 +117,8 @@ NO_AUGMENT = Augment(crop=False, flip=0.0, randaugment_ops=0)
 
 
 class Shuffle(Section):
-    """Order of the caption records in training, drawn anew for every expert and epoch. It is the same for cached and
-    for streamed images. Streamed images are read once per epoch with `windowed`, once per window with `global`."""
+    """Order of the caption records in training, drawn anew for every expert and epoch; cached and streamed images have
+    the same order. Streamed images are read once per epoch with `windowed`, once per window with `global`."""
 
     kind: Literal["global", "windowed"] = Field(
         "global",
@@ -166,16 +166,16 @@ class Experts(Section):
     worker_group: WorkerGroup = WorkerGroup()
     keep: Literal["all", "endpoints"] | tuple[PositiveInt, ...] = Field(
         "endpoints",
-        description="epochs that stay on disk: all, the endpoints that this run needs, or a list, such as [6, 8, 10], "
-        "which lets runs with different endpoints use the experts too",
+        description="epochs that stay on disk: all; endpoints (those that this run needs); or a list, such as [6, 8], "
+        "so that runs with different endpoints can share the experts",
     )
     dtype: Literal["float32", "bfloat16-delta"] = Field(
         "float32", description="format of stored epochs; bfloat16-delta: their difference to epoch 0, at half the size"
     )
     forgetting: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="for coresets by forgetting: size of a fixed pool (1000 to 4000 caption records) with which all "
-        "records are scored after every epoch, to count forgetting events; 0: no count; does not change the experts",
+        description="for the coreset method forgetting: number of caption records (1000 to 4000) in a fixed pool with "
+        "which all records are scored after every epoch to count forgetting events; 0: no count; experts stay the same",
     )
     seed: int | None = Field(None, description="random seed of the experts; null: the run's seed")
 

@@ -15,7 +15,7 @@ class Plan(Section):
     The planned phases are written to plan.json in the run folder; listing them in a run file gives equal results."""
 
     kind: Literal["stated", "auto", "adaptive"] = Field(
-        "stated", description="set by distill.phases: stated if that is a list, else that word (auto or adaptive)"
+        "stated", description="set by distill.phases: stated for a list of phases, otherwise auto or adaptive"
     )
     iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")
@@ -31,13 +31,13 @@ class Plan(Section):
     agreement: Annotated[float, Field(ge=-1, le=1)] = Field(
         0.7, description="smallest cosine between the matching gradients of two start epochs in the range of one phase"
     )
-    min_starts: PositiveInt = Field(2, description="smallest number of start epochs per phase, if there are that many")
+    min_starts: PositiveInt = Field(2, description="smallest number of start epochs per phase, if enough are left")
     endpoints: tuple[PositiveInt, ...] | None = Field(
         None, description="epochs that may be endpoints and are stored; null: all epochs that experts.keep stores"
     )
     experts: PositiveInt = Field(2, description="number of experts from which phases are planned")
     draws: PositiveInt = Field(
-        2, description="mini-batches per expert for the gradients of a plan; each later adjustment uses one"
+        2, description="mini-batches per expert for the gradients of a plan; an adaptive adjustment uses one"
     )
     every: PositiveInt = Field(50, description="adaptive: iterations between two changes of start range and endpoint")
     pace: PositiveFloat = Field(

@@ -79,7 +79,7 @@ def read(source: str | Path) -> dict[str, Any]:
 
 
 def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return `raw` with the missing values filled in from what its key `extends` names; lists are not merged.
+    """Return `raw` with missing values from the preset or file that its key `extends` names; lists are not merged.
 
     `extends` is the name of a preset, or a path relative to `folder`. `chain` has the presets and files that led to
     `raw`. Raises `ConfigError` when there is no such file, or when files extend each other in a circle.

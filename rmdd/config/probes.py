@@ -31,7 +31,7 @@ class Classes(Section):
     smaller draw is part of a larger one."""
 
     layout: Literal["folders", "list", "cifar10", "cifar100"] = Field(
-        "folders", description="folder per class, list of files and classes, or CIFAR's binary version (test images)"
+        "folders", description="labels: a folder per class, a list of files and classes, or CIFAR's binary test file"
     )
     images: str = Field("", description="folder of the images relative to data.root, such as val")
     file: str | None = Field(
@@ -145,7 +145,7 @@ class Vqa(Section):
 class Retrieval(Section):
     """Image-text retrieval on a different dataset than the run's, such as TextCaps or CC3M."""
 
-    kind: Literal["retrieval"] = Field("retrieval", description="retrieval on another dataset")
+    kind: Literal["retrieval"] = Field("retrieval", description="retrieval on a different dataset")
     data: PairData = Field(description="the dataset, with the fields of the section data")
     split: Literal["train", "val", "test"] = Field("test", description="split on which retrieval is scored")
 

@@ -27,7 +27,7 @@ MOVED: dict[str, str] = {
     "distill.starts": "distill.options.starts (only method: amd; remove it with other methods)",
     "distill.rate_branches": "distill.options.rate_branches (only method: lors, and methods derived from it)",
 }
-"""Fields that were in a different place in older releases: the old place, and the new place as errors give it."""
+"""Fields that were moved since older releases: the old place of each, and the new place as errors show it."""
 
 
 class Clash(str):
@@ -53,8 +53,8 @@ class Section(BaseModel):
         return []
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Return fields to leave out of the hash for `purpose`, because with the other fields' values they have no
-        effect; see `rmdd.config.hashing`."""
+        """Return fields to leave out of the hash for `purpose`, because they have no effect with the values of
+        the other fields; see `rmdd.config.hashing`."""
         return ()
 
     @model_validator(mode="after")
@@ -203,7 +203,7 @@ def _mistake(error: Any, listed_by: str) -> str:
 
 
 def _delete_fields(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:
-    """Delete the field at each of `places` from `raw`, in place, or its closest parent that `raw` has.
+    """Delete the field at each of `places` from `raw` itself; if `raw` lacks a field, delete its closest parent.
 
     Returns the names of the deleted fields.
     """

@@ -165,7 +165,7 @@ class Search(Section):
         return mistakes
 
     def ordered(self) -> list[str]:
-        """Return the fields of the search space, each after the fields that its conditions (`when`) name."""
+        """Return the fields of the search space; each follows the fields that its conditions (`when`) name."""
         ordered: list[str] = []
         remaining = list(self.space)
         while ready := [field for field in remaining if all(other in ordered for other in self.space[field].when)]:

@@ -64,7 +64,7 @@ class DiskCheck:
 
     @contextlib.contextmanager
     def errors_as_faults(self, path: Path, todo: str) -> Iterator[None]:
-        """Record an error that the `with` block raises as a fault of `path`, the file that the block reads."""
+        """If the `with` block raises an error, record it as a fault of `path`, the file that the block reads."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -76,7 +76,7 @@ class DiskCheck:
             return read_json(path)
 
     def lines(self, path: Path) -> None:
-        """Check that all lines of the log `path` are JSON; a half-written last line (writer killed) is no fault."""
+        """Check that all lines of the log `path` are JSON; a last line cut off by a kill of its writer is no fault."""
         *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(lines, 1):
             try:

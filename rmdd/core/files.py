@@ -112,7 +112,7 @@ def _sync(path: Path) -> None:
 
 
 def allocate(path: Path | str) -> None:
-    """Reserve disk space for the sparse file `path`: on a full disk, a write to its memory map kills the process."""
+    """Reserve disk space for the sparse file `path`: on a full disk, writing to its memory map kills the process."""
     with explain_write_errors(Path(path)), open(path, "r+b") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, os.fstat(f.fileno()).st_size))
 
@@ -146,10 +146,10 @@ def _error_number(error: Exception) -> int:
     """Return the error number (errno) of the operating system that caused `error`, or 0."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # safetensors and pyarrow write it so
+    match = re.search(r"os error (\d+)|errno (\d+)", str(error), re.IGNORECASE)  # of safetensors or pyarrow
     if match:
         return int(match[1] or match[2])
-    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy says this on a full disk
+    return errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else 0  # numpy's error on a full disk
 
 
 # -- temporary names and their writers -------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def append_jsonl(path: Path | str, value: Any) -> None:
 
 
 def cut_jsonl(path: Path, count: str, last: int) -> None:
-    """Delete from the log `path` lines in which the field that `count` names is above `last`, and a half-written line.
+    """Delete from the log `path` all lines whose field named by `count` is above `last`, and a half-written last line.
 
     Work that resumes from a checkpoint writes the deleted lines again, so that the log contains each of them once.
     """

@@ -1,7 +1,7 @@
 """Exclusive access to a folder: a file lock excludes other processes of this machine, a lease excludes other machines.
 
-The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder
-that names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
+The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder;
+it names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
 lease does not change for `EXPIRES` seconds, by the clock of the machine that watches it, its holder counts as dead.
 """
 

@@ -99,14 +99,14 @@ class Stage:
             self.items.setdefault(name, _Item(total))
 
     def expect(self, most: int, each: int, ended: int) -> None:
-        """Expect `most` items of `each` units of work. `ended` of them are finished; `add` adds the others later."""
+        """Announce `most` items with `each` units of work per item; `ended` are finished, and `add` adds the others."""
         self.most, self.each, self.ended = most, each, ended
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
-            # an item whose first report is of one unit was not resumed: this unit took the time since the stage began
+            # if the first report counts one unit, the item was not resumed, and its work began with the stage
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}

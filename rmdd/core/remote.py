@@ -52,7 +52,7 @@ class ObjectStore:
         self.writes_atomically = self.fs.type_name in ATOMIC_WRITES
 
     def list(self, name: str) -> dict[str, Stamp]:
-        """Return the stamps, by name, of the object `name` or of all objects in the folder `name`."""
+        """Return the stamps (size and time) of the object `name`, or of all objects in the folder `name`, by name."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)

@@ -68,7 +68,7 @@ class Storage:
             return None
 
     def address(self, path: Path) -> str:
-        """Return `path` as users write it: a path, or a URI if the storage is at one."""
+        """Return `path` as users write it: a URI if the storage is at a URI, otherwise a path."""
         return str(path)
 
     def fetch(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -214,7 +214,7 @@ class Mirror(Storage):
 
     def has_results(self) -> bool:
         paths = [PurePosixPath(name) for name in self.remote.list("")]
-        # `match` compares only the end of a path; the number of parts excludes results of a storage inside this storage
+        # `match` compares only the end of a path; comparing depths leaves out results of a storage inside this one
         return any(p.match(r) and len(p.parts) == r.count("/") + 1 for p in paths for r in RESULTS)
 
     def read(self, path: Path) -> bytes | None:

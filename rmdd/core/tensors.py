@@ -35,7 +35,7 @@ def flatten_groups(groups: Groups) -> dict[str, Tensor]:
 
 
 def split_groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the groups of tensors named GROUP.NAME (the inverse of `flatten_groups`, without empty groups)."""
+    """Return the groups of tensors named GROUP.NAME (undo `flatten_groups`, but leave out empty groups)."""
     groups: dict[str, dict[str, Tensor]] = {}
     for full_name, t in tensors.items():
         group, _, name = full_name.partition(".")

@@ -54,7 +54,7 @@ class Executor(Mapper, Protocol):
     def map(
         self, task: Task, items: Sequence[Any], names: Sequence[str], on_report: Callable[[str, dict[str, Any]], None]
     ) -> list[Any]:
-        """See `Mapper.map`. Raises the first error. With a `ReturnFailures`, items whose workers die give `Failed`."""
+        """See `Mapper.map`. Raises the first error. With `ReturnFailures`, an item whose workers die gives `Failed`."""
         results: dict[int, Any] = {}
 
         def settle(index: int, result: Any, error: Exception | None) -> None:

@@ -15,7 +15,7 @@ from rmdd.execution.tasks import Hooks, Interrupted, Task
 
 @runtime_checkable
 class TargetedTask(Protocol):
-    """A task that can name the path of each item's result. Items with the same path are run only once."""
+    """A task that can name the path of each item's result. If items have the same path, only one of them is run."""
 
     def __call__(self, item: Any, hooks: Hooks) -> Any: ...
 
@@ -51,7 +51,7 @@ class _SharedPiece:
 class SweepScheduler:
     """Executes the runs of a sweep in threads. One thread computes at a time; the others wait for pieces of work.
 
-    A piece that two runs need is queued only by the first run; the second run waits for the same result.
+    If two runs need the same piece, the first run queues it, and the second run waits for the result.
     """
 
     def __init__(self, executor: Executor):

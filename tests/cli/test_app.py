@@ -54,7 +54,7 @@ def workdir(tmp_path, monkeypatch):
 
 @dataclass
 class Steps:
-    """Replaces `Pipeline` in tests: computes nothing and records the runs it is given; `all` raises `error`, if set."""
+    """Stand-in for `Pipeline` that computes nothing and records its runs; its method `all` raises `error` if set."""
 
     error: BaseException | None = None
     runs: list[config.Run] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Steps:
         @contextmanager
         def opened(run, progress=None):
             self.runs.append(run)
-            require_layout(open_storage(run.runtime))  # as in the real `open_pipeline`
+            require_layout(open_storage(run.runtime))  # the real `open_pipeline` does this too
             self.folder = rmdd.pipeline.run_folder(run)
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.yaml").write_text(config.dump(run))

@@ -27,7 +27,7 @@ def flip(path, back=7):
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory, store):
-    """Fixture: a storage with a dataset, an expert store and a finished phase; tests damage only copies (`root`)."""
+    """Fixture: a storage with a dataset, an expert store and a finished phase; tests damage copies (fixture `root`)."""
     root = tmp_path_factory.mktemp("storage")
     scenes = config.Scenes(train=6, val=2, test=2, size=16)
     ingest(config.Data(scenes=scenes, image_size=16), root / "data" / "d")

@@ -11,7 +11,7 @@ from rmdd.config import presets, recipes
 from rmdd.config.runfile import parse
 
 FORMER = Path(__file__).parent / "resolved_presets.jsonl"
-"""Preset values at commit 30ca333: each line has the fields in which a preset differs from an earlier one, `like`."""
+"""Preset values at commit 30ca333: each line has the fields in which a preset differs from the preset `like`."""
 RENAMED = {"experts.gang": "experts.worker_group"}
 ON_LORS = {"lors", "tesla_vl", "repblend", "datm", "mct", "amd"}
 MOVED_TO_OPTIONS = {

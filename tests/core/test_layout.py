@@ -102,7 +102,7 @@ BEGUN = [
 
 
 def old(tmp_path, file):
-    """Create a storage of the previous release that contains `file`; its run has a field that no longer exists."""
+    """Create a storage of the previous release with `file`, whose run has a field that no longer exists."""
     write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" / file
     path.parent.mkdir(parents=True)

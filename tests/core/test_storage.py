@@ -61,7 +61,7 @@ def test_a_fetched_folder_equals_the_storage(node):
         write_json(a.root / "phase" / f"{name}.json", 1)
     b.fetch(b.root / "phase")
     time.sleep(1.1)  # S3 stores modification times in whole seconds, so the next write must be a second later
-    write_json(b.root / "phase" / "kept.json", 2)  # only the modification time shows this change
+    write_json(b.root / "phase" / "kept.json", 2)  # the file keeps its size, and only its time changes
     remove(b.root / "phase" / "gone.json")
     (a.root / "phase" / "never-published.json").write_text("3")
     a.fetch(a.root / "phase")
@@ -233,7 +233,7 @@ def test_a_paused_holder_notices_that_another_process_took_over(quick, node):
     with hold_folder(a.root / "run", wait=False) as mine:
         deadline = time.monotonic() + 60
         while not mine.lost and time.monotonic() < deadline:
-            a.cell(a.root / "run").write(foreign_lease())  # the holder may overwrite it, so repeat this
+            a.cell(a.root / "run").write(foreign_lease())  # repeated, as the holder may overwrite the file
             time.sleep(0.3)
         with pytest.raises(FolderInUse, match="was taken over by process 12 on node-7"):
             mine.check()

@@ -42,7 +42,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     run = run_of(tmp_path, "tensorboard")
     tracker = track.open_tracker(run, "phase 1", "0123abcd", tmp_path)
     for step in range(1, 8):
-        tracker.add(step, {"loss": 9.0})  # never closed, as if the process was killed
+        tracker.add(step, {"loss": 9.0})  # the tracker is not closed, as after a kill
     track_steps(run, tmp_path, 5, 9)
     assert scalars(tmp_path) == [(s, 9.0) for s in range(1, 5)] + [(s, 1 / s) for s in range(5, 10)]
 

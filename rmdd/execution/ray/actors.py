@@ -32,7 +32,7 @@ NODES_SECONDS = 3.0
 STOP_SECONDS = 90.0
 """Seconds for saving checkpoints after a stop signal; cluster managers kill this process after 120 seconds."""
 BACK_OFF = 0.5, 60.0
-"""First delay (doubled at each death) and longest delay before an item whose worker died runs again, in seconds."""
+"""Seconds before an item whose worker died runs again: first delay, which doubles at each death, and longest delay."""
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ class ActorExecutor(Executor):
         self._kill(self.idle)
 
     def serve(self, source: PieceSource) -> None:
-        """See `Executor.serve`. A piece of work whose workers keep dying is settled with `RetriesExhausted`."""
+        """See `Executor.serve`. A piece whose workers die too often is settled with the error `RetriesExhausted`."""
         more = True
         self._nodes_checked = time.monotonic()
         try:
@@ -141,7 +141,7 @@ class ActorExecutor(Executor):
     # -- starting items ------------------------------------------------------------------------------------------
 
     def _next(self) -> list[Attempts]:
-        """Return the items to start now, whose delay after a worker's death is over and that fit on the cluster."""
+        """Return the items to start now: they fit on the cluster, and any delay after a worker's death is over."""
         room = self.resources.workers(self.runtime, len(self.running) + len(self.waiting)) - len(self.running)
         ready = [attempts for attempts in self.waiting if attempts.ready_at <= time.monotonic()]
         return ready[: max(0, room)]

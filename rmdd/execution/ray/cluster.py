@@ -44,7 +44,7 @@ GROW_SECONDS = 900.0
 """Seconds to wait until an autoscaling cluster has its first node with room for a worker."""
 
 PROBE_SECONDS = 60.0
-"""Seconds in which every node must show that it sees the storage folder."""
+"""Seconds within which every node must show that it sees the storage folder."""
 
 _ASK = ", or set runtime.workers, so that an autoscaling cluster adds such nodes itself"
 

@@ -20,7 +20,7 @@ def ray_stream(
 ) -> Iterator[np.ndarray]:
     """Yield the images of each training step, decoded by `width` Ray tasks with `cpus` CPUs each.
 
-    `look(part)` yields the images of the steps of one part of the epoch. Set `cpus` to 0 if the training workers hold
+    `look(part)` yields the images of each step in one part of the epoch. Set `cpus` to 0 if the training workers hold
     all CPUs; otherwise the Ray tasks would wait for ever. Implements `rmdd.experts.feed.Stream`.
     """
     import ray.data
@@ -29,7 +29,7 @@ def ray_stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.use_datasource_v2 = False
-    context.execution_no_progress_timeout_s = -1  # an expert may take long to use the images
+    context.execution_no_progress_timeout_s = -1  # no limit: an expert may use the images slowly
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -55,7 +55,7 @@ class TrialMonitor:
 
 
 class TrialHeartbeat:
-    """Sends a worker's number of heartbeats to the monitor from a thread. Each call of a hook is a heartbeat."""
+    """Counts the calls of a worker's hooks (its heartbeats); a thread sends the number to the monitor."""
 
     def __init__(self, monitor: Any):
         self.monitor = monitor

@@ -21,7 +21,7 @@ _ERRORS = {"ValueError": ValueError, "OSError": OSError}
 
 
 def over_tasks(cpus: float = 1.0, restarts: int = 3) -> Stream:
-    """Return a stream that runs each item as a Ray task with `cpus` CPUs, at most `restarts` times more if it dies."""
+    """Return a stream that runs each item in a Ray task (`cpus` CPUs); dead tasks restart at most `restarts` times."""
 
     def stream(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:

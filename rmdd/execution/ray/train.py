@@ -133,9 +133,9 @@ class WorkQueue:
     # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Queue the items of ended workers again. `deaths`: cause of death by rank, or None if the rank's task failed.
+        """Queue the items of ended workers again; `deaths` has causes of death by rank, None for a failed task.
 
-        Ranks in `away` ran on a lost node, so these deaths do not count against the `tries` of an item.
+        The deaths of the ranks in `away`, whose node was lost, do not count against the `tries` of an item.
         """
         self.up = False
         for group in sorted({rank // self.size for rank in deaths}):
@@ -214,7 +214,7 @@ class Heartbeat:
 
 
 def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, folder: Path | None) -> None:
-    """Run items from the queue until it is empty; Ray Train calls this on each worker. Incomplete groups do nothing.
+    """On each worker, run items from the queue until it is empty; the workers of an incomplete group do nothing.
 
     Raises `StorageNotVisible` on a node that does not see `folder`.
     """
@@ -223,7 +223,7 @@ def work(queue: Any, task: Task, items: Sequence[Any], size: int, threads: int, 
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     rank, group = context.get_world_rank(), context.get_world_rank() // size
-    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # each generation has its own port
+    generation = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # generations use different ports
     where = this_process()
     if ray.get(queue.register.remote(generation, rank, where)) or (group + 1) * size > context.get_world_size():
         return

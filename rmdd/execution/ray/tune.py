@@ -147,7 +147,7 @@ class SourceScheduler(FIFOScheduler):
 class StopAndStall(tune.Callback):
     """Stops the search after a signal, and kills workers without a heartbeat, so that Ray Tune restarts their trials.
 
-    This callback raises the error after a signal; if the signal handler raised it, a thread of Ray could catch it.
+    This callback, not the signal handler, raises the error after a signal: Ray could catch an error of the handler.
     """
 
     def __init__(self, monitor: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):
@@ -195,7 +195,7 @@ def run_trials(
     try:
         with (
             stop_on_signal() as stopped,
-            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # for files of Ray Tune, never read
+            tempfile.TemporaryDirectory(prefix="rmdd-search-") as scratch,  # for Ray Tune; rmdd reads nothing here
         ):
             tune.Tuner(
                 trainable,
@@ -229,7 +229,7 @@ def run_trials(
 
 
 def _save(monitor: Any) -> None:
-    """Ask the workers to save their checkpoints and stop; wait until all have ended their trials."""
+    """Ask the workers to save their checkpoints and stop; return when all trials have ended."""
     deadline = time.monotonic() + STOP_SECONDS
     ray.get(monitor.stop.remote())
     while ray.get(monitor.at_work.remote()) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Test that a coreset gets the same pairs from features on several Ray actors as from features in one process."""
+"""Test that coreset methods select the same pairs from features on several Ray actors as from those in one process."""
 
 from functools import partial
 from itertools import islice
