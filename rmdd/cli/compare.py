@@ -64,7 +64,7 @@ def transfer(
     random: Annotated[bool, typer.Option("--random", help="Also train every tower on random pairs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Also train every tower on all training pairs.")] = False,
 ) -> Output:
-    """Train students with different towers on a set, at its learned learning rates and at rates chosen on val."""
+    """Train students with different towers on a set, with its learned learning rates and with rates chosen on val."""
     from rmdd.comparisons.transfer import prepare_transfer
 
     return run_comparison(

@@ -202,7 +202,7 @@ class Mirror(Storage):
         self._flushed = time.monotonic()
 
     def flush_under(self, folder: Path) -> None:
-        """Publish the logs in `folder`; call this before publishing a checkpoint, so that its log is never older."""
+        """Publish the logs in `folder`; call this before publishing a checkpoint, so that no log is older than it."""
         for path in [p for p in self._grown if p.is_relative_to(folder)]:
             self._grown.discard(path)
             if path.is_file():

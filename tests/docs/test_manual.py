@@ -138,7 +138,7 @@ def write_emoji(root, **splits):
 
 
 def write_table(root, count):
-    """Write drawn pictures with one caption each, and the table captions.csv that lists them."""
+    """Write generated pictures with one caption each, and the table captions.csv that lists them."""
     lines = ["path,text"]
     for number in range(count):
         name = f"images/{number:04d}.png"

@@ -24,7 +24,7 @@ class StorageNotVisible(RuntimeError):
 
 
 def folder_to_check(runtime: config.Runtime, events: Path) -> Path | None:
-    """Create and return the folder of the file `events`, which every node must see; None if the storage is a URI."""
+    """Create and return the folder of `events`, a folder that every node must see; None if the storage is a URI."""
     if "://" in runtime.storage:
         return None
     events.parent.mkdir(parents=True, exist_ok=True)
