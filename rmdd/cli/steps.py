@@ -20,7 +20,7 @@ def demo(
     set_: Sets = None,
     storage: Annotated[str | None, typer.Option(help="Folder for all files of rmdd; default: runs.")] = None,
 ) -> Output:
-    """Distil the built-in scenes (a small synthetic dataset) in a few minutes and print the scores."""
+    """Distil drawn scenes (a small synthetic dataset) in a few minutes and print the scores."""
     sets = [*(set_ or []), *([f"runtime.storage={storage}"] if storage else [])]
     with call.pipeline(load("demo", sets)) as pipeline:
         return run_all_steps(pipeline)
