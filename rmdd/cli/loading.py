@@ -28,8 +28,10 @@ def load_folder(address: str) -> config.Run:
     storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():
         absent = not is_uri(address) and not file.parent.is_dir()
-        mistake = "this folder does not exist" if absent else "no run.yaml, sweep.json or search.json in this folder"
-        advice = "give the folder of a run, a sweep or a search, such as runs/demo-0123abcd"
+        mistake = (
+            "this folder does not exist" if absent else "no run.yaml, sweep.json, search.json or comparison.json in it"
+        )
+        advice = "give the folder of a run, sweep, search or comparison, such as runs/demo-0123abcd"
         raise config.ConfigError([f"{mistake}; {advice}"], address)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):

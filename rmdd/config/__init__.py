@@ -198,7 +198,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     Fields missing from the run file get the values of the file that it `extends`, then the defaults of its
     `distill.method`, then the general defaults. An override of `distill.method` also sets the defaults of that method.
 
-    >>> load("demo", ["distill.budget=20"])  # doctest: +SKIP
+    >>> rmdd.load_config("demo", ["distill.seed=1"])  # doctest: +SKIP
 
     Raises a `ConfigError` that lists all mistakes.
     """

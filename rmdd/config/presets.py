@@ -126,7 +126,7 @@ def _names(stem: str, keys: list[str]) -> list[str]:
 
 def _budgets(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries under `budgets` of a preset file, by their keys; none for a file without `budgets`."""
-    return {str(key): entry or {} for key, entry in _preset_file(path).get("budgets", {}).items()}
+    return {str(key): entry or {} for key, entry in (_preset_file(path).get("budgets") or {}).items()}
 
 
 @functools.cache

@@ -100,9 +100,9 @@ def search(
 ) -> SearchResult:
     """Run the hyper-parameter search that the section `search` of a run file describes.
 
-    >>> search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
+    >>> rmdd.search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
 
-    `config.load` explains `source` and `overrides`. A second call resumes the search; several processes may run the
+    `rmdd.load_config` explains `source` and `overrides`. A second call resumes the search; several processes may run the
     same search at the same time and share its trials.
     """
     base = config.load(source, overrides)

@@ -145,9 +145,9 @@ def sweep(
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run the run file `source` with every combination of the values in `over`; see `members` for `settings`.
+    """Run the run file `source` with every combination of the values in `over`, and with each mapping in `settings`.
 
-    >>> sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
+    >>> rmdd.sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
 
     A second call resumes the sweep. A failed run does not stop the others; `SweepResult.failed` lists the failures.
     """

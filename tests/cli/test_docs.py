@@ -1,6 +1,7 @@
 """Test the command `rmdd docs`, and the pages of the manual that are generated from code."""
 
 import ast
+import functools
 
 import pytest
 from typer.testing import CliRunner
@@ -58,11 +59,10 @@ def test_generated_pages_are_up_to_date(name):
     assert path.is_file() and path.read_text(encoding="utf-8") == text, "run `python -m rmdd.cli.reference`"
 
 
-def generated(texts={}):  # noqa: B006
-    """Return the texts of all generated pages by path; only the first call generates them."""
-    if not texts:
-        texts |= reference.generated()
-    return texts
+@functools.cache
+def generated():
+    """Return the texts of all generated pages by path."""
+    return reference.generated()
 
 
 def test_no_page_is_left_of_a_method_that_does_not_exist():

