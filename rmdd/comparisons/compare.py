@@ -186,8 +186,8 @@ def compare(
     """Evaluate distilled sets, subsets, `random`, `random:N` and `full` under one protocol and write one table.
 
     A set is the folder of a distilled set or of its run, or a safetensors file; a subset is a folder with
-    `subset.json`. `source` gives the protocol and the data in a form that `rmdd.load_config` accepts; by default they are
-    those of the first set's run. `against` names the row that all other rows are compared with (default: `random`, else
+    `subset.json`. `source` gives the protocol and the data in a form that `rmdd.load_config` accepts; default: those
+    of the first set's run. `against` names the row that all other rows are compared with (default: `random`, else
     the first row). `reencode` accepts sets of a different text encoder; their captions are embedded again.
 
     >>> rmdd.compare(["runs/demo-0123abcd", "random", "full"])  # doctest: +SKIP

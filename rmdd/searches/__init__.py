@@ -102,8 +102,8 @@ def search(
 
     >>> rmdd.search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
 
-    `rmdd.load_config` explains `source` and `overrides`. A second call resumes the search; several processes may run the
-    same search at the same time and share its trials.
+    `rmdd.load_config` explains `source` and `overrides`. A second call resumes the search; several processes may run
+    the same search at the same time and share its trials.
     """
     base = config.load(source, overrides)
     check(base)
