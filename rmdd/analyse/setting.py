@@ -96,7 +96,10 @@ class Setting:
 
 
 def endpoint_of(least: int, last: int, endpoint: int | None) -> int:
-    """Return `endpoint`, the last epoch of shortcuts (default `last`); raise `ConfigError` if outside least..last."""
+    """Return `endpoint`, the epoch at which shortcuts end; the default is `last`.
+
+    Raises `ConfigError` if it is below `least` or above `last`.
+    """
     if endpoint is not None and not least <= endpoint <= last:
         mistake = f"--endpoint {endpoint} is outside of the experts' epochs; give one from {least} to {last}"
         raise config.ConfigError([mistake], "analyse")

@@ -51,15 +51,15 @@ class Ranks:
     image: Int[Tensor, " T"]
     """For each caption, the rank of its image."""
     text: Int[Tensor, " I"]
-    """For each image, the rank of its best caption."""
+    """For each image, the rank of its best-ranked correct caption."""
     image_of: Int[Tensor, " T"]
     """For each caption, the index of its image."""
     image_ties: Int[Tensor, " T"] | None = None
     """For each caption, the number of wrong images that tie with the correct one; None: unknown."""
     text_ties: Int[Tensor, " I"] | None = None
-    """For each image, the number of wrong captions that tie with its best caption; None: unknown."""
+    """For each image, the number of wrong captions with the same score as its best-ranked correct caption, or None."""
     text_own: Int[Tensor, " I"] | None = None
-    """For each image, the number of its captions that have the same score as its best caption; None: unknown."""
+    """For each image, the number of its correct captions with the same score as the best-ranked one, or None."""
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":

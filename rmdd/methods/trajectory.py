@@ -190,8 +190,8 @@ def _of_phases(method: type[Method], rule: config.Distill) -> list[Clash]:
                 mistakes.append(Clash(text, "distill.phases.start", "stop", "start_text", "stop_text", "start_rule"))
         if not method.starts_apart(rule) and (phase.start_text is not None or phase.stop_text is not None):
             text = (
-                f"{this}: start_text and stop_text need an independent start epoch per tower; set distill.method: amd "
-                "and distill.options.starts: independent"
+                f"{this}: start_text and stop_text have an effect only if each tower draws its own start epoch; remove "
+                "them, or set distill.method: amd and distill.options.starts: independent"
             )
             mistakes.append(Clash(text, "distill.phases.start_text", "stop_text", "distill.options.starts"))
         if not method.grows and phase.grow_from is not None:

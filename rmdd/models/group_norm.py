@@ -1,4 +1,4 @@
-"""Group normalisation (also followed by ReLU and 2x2 average pooling) and SiLU, with fast second derivatives.
+"""Group normalisation (alone, or followed by ReLU and 2x2 average pooling) and SiLU, with fast second derivatives.
 
 N images, C channels in G groups, H x W pixels. The speed of these operations is limited by memory, not by arithmetic.
 If they are composed of torch operations, their second derivative reads and writes the largest feature maps of a network
@@ -11,8 +11,8 @@ and m(.) the mean over a group of channels. The gradients in x, w and b, and the
     gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
 
-The gradient and the tangent are adjoint to each other, so they have the same derivative. It serves both reverse mode
-over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer norm must not be
+The gradient and the tangent are adjoint, so the same formulas give the derivative of either one. One implementation
+serves both reverse mode over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer norm must not be
 differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
 """
 

@@ -1,4 +1,4 @@
-"""`Space`: the fields and values that a search tries, and a check that runs with these values are valid."""
+"""`Space`: the fields and values that a search tries. It checks that run files with these values are valid."""
 
 import json
 from collections.abc import Callable, Mapping
