@@ -36,7 +36,7 @@ class Subset:
     """The M distilled pairs of one phase. Students train on the subsets of a set in order.
 
     All tensors are finite float32. `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or
-    nothing (identity); rows are images. Raises `ValueError` when shapes or types do not match.
+    nothing (identity). Rows stand for images, columns for texts. Raises `ValueError` when shapes or types do not match.
     """
 
     images: Tensor  # (M, 3, H, W), normalised pixels
@@ -347,7 +347,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _move_aside(path: Path) -> Path | None:
-    """Rename an existing set and return its temporary path, because a folder with files cannot be replaced."""
+    """Rename the set at `path`, if any, because a folder with files cannot be replaced; return its temporary path."""
     if not path.exists():
         return None
     aside = temporary_beside(path, "old")

@@ -170,7 +170,7 @@ def _published(layout: str | None, budget: int, rows: Sequence[dict[str, Any]]) 
 
 
 def words_of(entries: Iterable[Entry]) -> list[str]:
-    """Return arguments of `rmdd compare` with absolute paths, which open the same entries from any working folder."""
+    """Return arguments of `rmdd compare` with absolute paths, so that they open the same entries from any folder."""
     return [e.address if e.kind in ("random", "full") else f"{e.name}={e.address}" for e in entries]
 
 

@@ -255,7 +255,7 @@ class Selection:
         return self._mean
 
     def radius(self, order: Iterator[int], picks: int) -> float:
-        """Return the largest distance of an item to the nearest of the first `picks` picks (their covering radius)."""
+        """Return the covering radius of the first `picks` picks: the largest distance of an item to the nearest."""
         if len(self.values) <= picks:
             next(order, None)
         return math.sqrt(self.values[picks]) if len(self.values) > picks else 0.0
@@ -309,7 +309,7 @@ class Selection:
     def largest(
         self, ranks: WorkerParts, of: Callable[[int], tuple[list[int], dict[str, Any]]], available: int
     ) -> tuple[list[int], dict[str, Any]]:
-        """Return `of(k)`, a selection of k items, for the largest k that fits in the requested bytes."""
+        """Return the largest selection that fits in the requested bytes; `of(k)` selects k items."""
         limit = self.choice.bytes or 0
         total = self.costs.bytes_of(self.items.record_of.tolist())["total"]
         k = min(available, max(1, limit * len(self.items) // total))

@@ -97,7 +97,7 @@ class ComparedRun(Pipeline):
     """Pipeline that prepares data and embeddings for all rows of a comparison, and the experts for the row `full`."""
 
     def check(self, entries: Sequence[Entry]) -> list[str]:
-        """Return a message for every entry of a different dataset or with pairs outside the training split."""
+        """Return a message for every entry that uses a different dataset or pairs outside the training split."""
         dataset = self.ingest()
         wrong = [mistake for entry in entries for mistake in check_data(entry, dataset.hash)]
         total = dataset.counts["train"]["captions"]
@@ -179,7 +179,7 @@ class ComparedRun(Pipeline):
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
     def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """Return the training pairs of a set and how many of its captions, if embedded again, are duplicates."""
+        """Return a set's training pairs, and its number of duplicate captions (None if they are not embedded again)."""
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None

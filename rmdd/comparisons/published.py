@@ -93,8 +93,9 @@ def published(
 ) -> list[dict[str, Any]]:
     """Return published results, one row per method, budget, encoders and source.
 
-    A row's `metrics` map a name to mean, std and unit. `dataset` is a layout of a run file or a printed name, `method`
-    a name without variant such as LoRS; case is ignored. Raises `ValueError` for unknown names, listing the known ones.
+    A row's `metrics` map the name of a metric to its mean, std and unit. `dataset` is a layout of a run file or a
+    printed name, `method` a name such as LoRS, without a variant; case is ignored. Raises `ValueError` for unknown
+    names, listing the known ones.
     """
     datasets = {cell.dataset for cell in cells()}
     if dataset is not None:
@@ -127,7 +128,7 @@ def budgets(dataset: str | None = None) -> list[str]:
 
 
 def for_dataset(layout: str | None, budget: int) -> list[dict[str, Any]]:
-    """Return the published recalls on the dataset of a run file, at its budget and for full data, omitting variants.
+    """Return the published recalls on a run file's dataset, at its budget and for full data; variants are left out.
 
     The list is empty for a dataset without published results.
     """

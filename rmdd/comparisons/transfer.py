@@ -1,8 +1,9 @@
 """`rmdd transfer`: train students with different towers on a distilled set (cross-architecture generalisation).
 
-Image towers give pooled features; a classifier is removed. A set's text embeddings belong to its own encoder, so a
-different encoder embeds real captions instead: those that the set stores as nearest to its embeddings. Learned learning
-rates belong to the set's towers, so every tower has two rows: with learned rates and with rates chosen on val.
+Image towers give pooled features; their classifiers are removed. A set's text embeddings belong to its own encoder. A
+different encoder embeds real captions instead: the set stores the real caption nearest to each of its embeddings. The
+learning rates were learned for the set's towers, so each tower has two rows: one uses these rates, the other rates
+chosen on val.
 """
 
 import statistics

@@ -11,7 +11,7 @@ from rmdd.config.numbers import PositiveInt
 from rmdd.config.runfile import Clash, Section
 
 POOL = 1000
-"""Number of records in the pool that forgetting is measured against, if the run sets no `experts.forgetting`."""
+"""Number of caption records that each record is compared with to count forgetting, if `experts.forgetting` is unset."""
 BY_FEATURES = ("herding", "k_center", "medoids", "matched", "clip_score")
 AT_ONCE = ("medoids", "matched")
 """Selection methods that choose all pairs jointly, so a smaller coreset is not the beginning of a larger one."""

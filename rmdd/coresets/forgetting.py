@@ -1,9 +1,9 @@
 """Forgetting events (Toneva et al. 2019), adapted to image-text pairs and counted while an expert trains.
 
-After every epoch, all records are scored without augmentation against a seeded pool of P records. A record is *correct*
-if its image is more similar to its caption than to any caption of the pool, and its caption more similar to its image
-than to any image of the pool; records of the same image are not compared. A record is *forgotten* if it was correct
-after the previous epoch and no longer is. In E epochs, a record can be forgotten at most E // 2 times.
+After every epoch, all caption records are compared, without augmentation, with a random pool of P records. A record is
+*correct* if its image is more similar to its caption than to any caption of the pool, and its caption more similar to
+its image than to any image of the pool. Pool records of the same image are not compared. A record is *forgotten* if it
+was correct after the previous epoch and no longer is. In E epochs, a record can be forgotten at most E // 2 times.
 
 N images, T records, P records of the pool, D joint width.
 """
@@ -106,8 +106,8 @@ class ForgettingCounts:
     def ranking(self, never_learned: NeverLearned) -> Int64[np.ndarray, " n"]:
         """Return the numbers of the caption records in the order of selection, the most forgotten record first.
 
-        The order is by more events, later last event, smaller mean margin, smaller record number. Records that were
-        never correct come first, come last or are left out (`never_learned`); their order is by margin and number.
+        Equally forgotten records are ordered by later last event, then smaller mean margin, then smaller number.
+        `never_learned` says whether records that were never correct come first, come last or are left out.
         """
         never = (self.learned == 0).numpy()
         margin = (self.margins / self.visits.clamp(min=1)).numpy()
@@ -127,9 +127,9 @@ TENSORS = tuple(f.name for f in fields(ForgettingCounts) if f.name != "facts")
 
 
 def pool_of(image_of: Int64[np.ndarray, " T"], size: int, seed: int) -> Int64[np.ndarray, " P"]:
-    """Return in ascending order the numbers of the records drawn for the pool that all records are scored against.
+    """Return in ascending order the row numbers of the caption records that are drawn for the pool.
 
-    Raises `ValueError` when the pool has fewer than two different images.
+    All records are compared with this pool. Raises `ValueError` when it has fewer than two different images.
     """
     drawn = torch.randperm(len(image_of), generator=generator(seed, "forgetting pool"))[:size].numpy()
     if len(np.unique(image_of[drawn])) < 2:
@@ -180,5 +180,5 @@ def _best(
     image: Int[Tensor, " Q"],
     rival_image: Int[Tensor, " P"],
 ) -> Float[Tensor, " Q"]:
-    """Return the best cosine of each query with a rival of a different image, given the image indices of both."""
+    """Return the highest cosine of each query with any rival, without the rivals that belong to the query's image."""
     return (queries @ rivals.T).masked_fill(image[:, None] == rival_image, -torch.inf).amax(dim=1)

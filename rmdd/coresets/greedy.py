@@ -77,7 +77,7 @@ def herding(
 def k_center(ranks: WorkerParts, first: Best, earlier: Sequence[int] = ()) -> Iterator[Best]:
     """Yield k-center picks until no item is left, after the picks `earlier`, or from `first` on if `earlier` is empty.
 
-    The value of a pick is its squared distance to the nearest earlier pick (covering radius of earlier picks, squared).
+    The value of a pick is its squared distance to the nearest earlier pick, the squared covering radius so far.
     """
     if not earlier:
         yield first

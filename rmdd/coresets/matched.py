@@ -20,10 +20,10 @@ from rmdd.execution.parts import WorkerParts
 
 
 def matched(ranks: WorkerParts, k: int, seed: int, image_width: int) -> tuple[list[int], dict[str, Any]]:
-    """Choose a row per pair of matched clusters; return ids (most common rows first) and statistics of the matching.
+    """Choose one row for each pair of matched clusters; return the ids of the rows and statistics of the matching.
 
-    The first `image_width` columns are the image embedding. Statistics: `overlap` (share of rows that lie in two
-    matched clusters) and `empty` (number of pairs of matched clusters without a common row).
+    The first `image_width` columns are the image embedding. Pairs with more common rows come first. Statistics:
+    `overlap` (share of rows in two matched clusters), `empty` (number of pairs without a common row).
     """
     if not k:
         return [], {"overlap": 0.0, "empty": 0}
@@ -49,7 +49,7 @@ def match(overlap: Int64[np.ndarray, "K K"]) -> Int64[np.ndarray, " K"]:
 def _prototypes(
     ranks: WorkerParts, partner: np.ndarray, common: np.ndarray, fallback: Float32[np.ndarray, "K D"]
 ) -> Float32[np.ndarray, "K D"]:
-    """Return for each pair of matched clusters the mean of their common rows, or its row of `fallback` if none exist.
+    """Return the mean of the common rows of each pair of matched clusters; without common rows, its row of `fallback`.
 
     The result is bit-identical for any order of rows and number of workers.
     """

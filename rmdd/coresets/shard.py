@@ -180,7 +180,7 @@ class Shard:
         return self.rows.ids[self.included], label[self.included], distance[self.included]
 
     def medoids(self, centroids: Float32[np.ndarray, "K D"]) -> dict[int, tuple[float, int]]:
-        """Return for each cluster the squared distance and id of this worker's row nearest to the centroid."""
+        """Return for each cluster this worker's row nearest to the centroid, as its squared distance and its id."""
         return _first_of(*self.assigned(centroids))
 
     # -- clusters of images and of texts -------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Shard:
         return counts
 
     def sums(self, partner: Int64[np.ndarray, " K"], bits: int) -> np.ndarray:
-        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, as an integer."""
+        """Return for each c the sum of the rows in image cluster c and text cluster `partner[c]`, times 2^`bits`."""
         total = np.zeros((len(partner), self.rows.width), np.int64)
         inside = self._inside(partner)
         for where, x in self.rows.chunks(self.chunk):
@@ -255,7 +255,7 @@ class _Search:
 
 
 def best_of(candidates: Iterable[Best | None]) -> Best | None:
-    """Return the candidate with the largest value (of equal ones, the smallest id), or None if there are none."""
+    """Return the candidate with the largest value (of equal ones, with the smallest id); None without candidates."""
     return max((b for b in candidates if b is not None), key=lambda b: (b.value, -b.id), default=None)
 
 

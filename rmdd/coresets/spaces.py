@@ -1,6 +1,6 @@
 """Features of items: image and text embeddings by a fixed encoder, combined into one feature space.
 
-    joint  normalise([normalise(u); normalise(v)])     squared distance = mean of those of image and text
+    joint  normalise([normalise(u); normalise(v)])     squared distance = mean over image and text
     image  normalise(u)        text  normalise(v)
     sum    normalise(normalise(u) + normalise(v))
 
@@ -45,7 +45,7 @@ class Items:
 
     @classmethod
     def of(cls, split: Split, unit: ChoiceUnit, seed: int) -> "Items":
-        """Return all caption records of `split` as items, or all images, each with one caption chosen by a hash."""
+        """Return the items of `split`: all caption records, or all images, each with one caption chosen by a hash."""
         if unit == "record":
             return cls(unit, split.image_of, np.arange(len(split.image_of)))
         numbers = np.arange(len(split))

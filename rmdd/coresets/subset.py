@@ -25,7 +25,7 @@ class Coreset:
     features: dict[str, Any]
     """Encoder and feature space of the selection; empty for a method that uses no features."""
     records: tuple[tuple[str, int], ...]
-    """`pair_id` of each pair, and the position of its caption among the captions that the pair has after cleaning."""
+    """For each chosen pair: its `pair_id`, and the position of the chosen caption among the pair's cleaned captions."""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
     """Further results for reports, such as mean error, radius, number of pairs, parameters, bytes and seconds."""
 

@@ -1,8 +1,9 @@
 """Image augmentations for training students; they draw all random numbers from the generator `random`.
 
-`dsa` is the transform of Siamese augmentation (arXiv 2102.08259) as the released code applies it to students. It draws
-one of colour, crop, cutout, flip, scale and rotate for each batch, and a strength for each image. `randaugment` is the
-training transform of the experts (`rmdd.data.augment`) at its published strength; it works on 8-bit images.
+`dsa` is the transform of Siamese augmentation (arXiv 2102.08259) as the released code applies it to students. For each
+batch it draws one transform (colour, crop, cutout, flip, scale or rotate), and for each image its strength.
+`randaugment` is the training transform of the experts (`rmdd.data.augment`) at its published strength; it works on
+8-bit images.
 
 In shapes, N is the number of images in a batch and H x W their size in pixels.
 """

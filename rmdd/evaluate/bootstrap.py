@@ -35,9 +35,9 @@ class Interval:
 def interval(
     ranks: Sequence[Ranks], metric: str = "R@mean", draws: int = DRAWS, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Return the bootstrap interval of a metric, averaged over students; `metric` is IR@K, TR@K or R@mean.
+    """Return the bootstrap interval of the mean of `metric` (IR@K, TR@K or R@mean) over students.
 
-    Raise `ValueError` if `ranks` is empty or holds ranks of different galleries, or for an unknown metric.
+    Raise `ValueError` if `metric` is unknown, or if `ranks` is empty or holds ranks of different galleries.
     """
     return intervals(ranks, (metric,), draws, seed, level)[metric]
 
@@ -50,7 +50,7 @@ def difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return the bootstrap interval of the mean metric of students `a` minus that of `b`, with the same image draws."""
+    """Return the bootstrap interval of the mean metric of students `a` minus that of `b`, both on the same draws."""
     return differences(a, b, (metric,), draws, seed, level)[metric]
 
 

@@ -26,8 +26,9 @@ NEIGHBOURS = 10
 CHUNK = 1024
 
 COSINE_LIMIT, RANK_LIMIT = 0.5, 0.5
-"""`collapsed` warns if the mean cosine exceeds c, that of random pairs, by more than `COSINE_LIMIT` * (1 - c), or if
-the effective rank divided by that of random pairs is below `RANK_LIMIT`. Both limits are our choice."""
+"""Limits of the warnings by `collapsed`, our choice. It warns if the mean cosine is above c + `COSINE_LIMIT` * (1 - c),
+where c is the mean cosine of random pairs. It also warns if the effective rank is below `RANK_LIMIT` times that of
+random pairs."""
 
 
 def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int = 0) -> dict[str, float]:
@@ -39,14 +40,15 @@ def health(images: Float[Tensor, "N D"], texts: Float[Tensor, "N D"], seed: int 
     - `cosine_image`, `cosine_text`: mean cosine of different rows, with percentiles `_p05`, `_p50`, `_p95`; 1 if
       collapsed
     - `centroid_image`, `centroid_text`: norm of the mean row
-    - `gap`: distance between image mean and text mean; `gap_share`: its square divided by `alignment`
+    - `gap`: distance between image mean and text mean; `gap_share`: `gap` squared, divided by `alignment`
     - `alignment`: mean squared distance between the image and the text of a pair (Wang and Isola 2020)
-    - `uniformity_image`, `_text`, `_cross`: log mean exp(-2 d^2) over pairs of rows; 0 if collapsed
+    - `uniformity_image`, `_text`, `_cross`: log of the mean of exp(-2 d^2), d the distance of two rows; 0 if collapsed
     - `margin`: mean cosine of matching pairs minus that of mismatched pairs
     - `separability`: five-fold accuracy of a linear probe that separates images from texts; 0.5 is chance
     - `rank_image`, `rank_text`: effective rank, exp of the entropy of the normalised singular values of the centred
       rows; 0 if collapsed
-    - `hubness_image`, `hubness_text`: skewness of how many rows of the other modality have a row among their nearest 10
+    - `hubness_image`, `hubness_text`: a row is counted once for each row of the other modality that has it among its
+      nearest 10; hubness is the skewness of these counts
     """
     usable = images.isfinite().all(1) & texts.isfinite().all(1) & (images != 0).any(1) & (texts != 0).any(1)
     row = {"pairs": float(len(images)), "unusable": float((~usable).sum())}
@@ -138,7 +140,7 @@ def _some_pairs(a: Tensor, b: Tensor, seed: int) -> np.ndarray:
 
 
 def _uniformity(a: Tensor, b: Tensor, seed: int) -> float:
-    """Return log mean exp(-2 d^2) over i != j; d is the distance of row i of `a` to row j of `b`, both of norm 1."""
+    """Return the log of the mean of exp(-2 d^2) over i != j; d is the distance of the unit rows `a[i]` and `b[j]`."""
     n = len(a)
     if n > EXACT:
         first, second = (index.to(a.device) for index in _random_pairs(n, seed, "uniformity"))

@@ -30,11 +30,11 @@ def health_report(
     chunk: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Return the content of `health.json`: warnings, and the statistics of each snapshot, random pairs and val.
+    """Return the content of `health.json`: warnings, and health statistics of snapshots, random pairs and val.
 
     `sets` lists the snapshots, oldest first. A snapshot holds the iteration of each phase and the subsets of all
-    phases; its statistics are those of all its pairs. The last snapshot is compared with as many random
-    pairs, taken from the start of draw 0 of the random-pairs baseline. `seed` is the seed of the evaluation.
+    phases; its statistics are computed over all its pairs. The last snapshot is compared with an equal number of random
+    pairs, the first ones in draw 0 of the random-pairs baseline. `seed` is the seed of the evaluation.
     """
     model = model.to(device).eval()
 

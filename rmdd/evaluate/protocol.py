@@ -13,9 +13,9 @@ Each job trains and scores one student. Jobs are independent, so they can run in
 `rmdd.evaluate.scores` adds four optional kinds of jobs: hard, own, soft_tune (val only) and soft.
 
 Jobs whose scores choose a snapshot or a setting cannot read test: `check_split_is_open` refuses to open the split,
-`train_and_score` refuses to score it, and `best_by_val` rejects records that contain test scores. Student i of every
-kind has the same initial heads, and with equal numbers of pairs also the same batches, so that rows of the result table
-differ only in their training pairs.
+`train_and_score` refuses to score it, and `best_by_val` rejects records that contain test scores. Student i starts from
+the same heads in every kind of job; for equal numbers of pairs it also gets the same batches. The rows of the result
+table thus differ only in their training pairs.
 """
 
 import statistics
@@ -124,7 +124,7 @@ class StudentProtocol:
 
     @property
     def reference(self) -> Reference | None:
-        """The protocol of a paper's released code for an additional score of the distilled set, or None."""
+        """The protocol of a paper's released code by which the distilled set is also scored, or None."""
         return reference_of(self.rule, self.method, self.loss, self.temperature)
 
     @property
@@ -333,7 +333,7 @@ def best_by_val(records: Sequence[tuple[Any, dict[str, Any]]]) -> tuple[Any, dic
 
 
 def summary(records: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float | None]]:
-    """Return mean, sample standard deviation (None for one record) and count of metrics in each record's `key`."""
+    """Return the mean, sample standard deviation (None for one record) and count of each metric in `record[key]`."""
     rows = [r[key] for r in records]
     return {
         metric: {

@@ -1,8 +1,8 @@
 """Protocols that train and score students as the released code of each paper does, including its mistakes.
 
 `evaluate.reference` selects one protocol. The score of this protocol, `test_best_reference`, is only compared with the
-paper's tables and never used for a choice. Epochs are passes over a subset; released loops over `range(E + 1)` make 101
-passes for E = 100.
+paper's tables and never used for a choice. Epochs are passes over a subset. Released loops over `range(E + 1)` make one
+more than E passes, such as 101 for E = 100.
 
 All protocols use SGD, the initial image tower of the run, new heads, the test split, and temperature 0.07 even if the
 set was distilled with a different temperature.
@@ -54,7 +54,7 @@ class Reference:
         return "val" if self.name == "edge" and layout == "cc3m" else "test"
 
     def adapted(self, subsets: Sequence[TrainingPairs]) -> Sequence[TrainingPairs]:
-        """Return the pairs with identity similarity if the loss is InfoNCE, and with the learning rate `lr` if set."""
+        """Return the pairs as this protocol uses them: identity similarity for InfoNCE, learning rate `lr` if set."""
         if self.loss == "infonce":
             subsets = [replace(x, similarity=torch.eye(len(x.images)).to(x.similarity)) for x in subsets]
         if self.lr is not None:
@@ -82,8 +82,8 @@ REFERENCES = {
             reported="best",
             students=1,
         ),
-        # The code of MTT-VL lowers the learning rate after the last pass only, so `drop_after` is None. Both towers use
-        # the image learning rate.
+        # The code of MTT-VL lowers the learning rate only after the last pass, without effect, so `drop_after` is None.
+        # Both towers use the image learning rate.
         Reference(
             "mtt_vl",
             "infonce",
@@ -139,11 +139,11 @@ REFERENCES = {
 
 
 def reference_of(rule: config.Evaluate, method: str, loss: str, temperature: float) -> Reference | None:
-    """Return the released protocol by which a run is also scored, or None (`none`, or `auto` for a method without one).
+    """Return the released protocol by which a run is also scored; None for `none`, or if `auto` finds none.
 
-    A protocol chosen by name is reproduced as coded. `auto` takes the protocol of the run's method, but with the run's
-    own batch, momentum, weight decay, number of students and, if rates are learned, loss and temperature. In presets
-    named after a paper both choices give the same protocol, because these presets set the paper's values. Small runs
+    A protocol chosen by name is reproduced as coded. `auto` takes the protocol of the run's method, but the run's own
+    batch, momentum, weight decay and number of students; if rates are learned, also the run's loss and temperature.
+    Presets named after a paper set the paper's values, so `auto` and the name give the same protocol there. Small runs
     need values of their own: students with momentum would diverge with learning rates learned without momentum.
     """
     if rule.reference == "none":

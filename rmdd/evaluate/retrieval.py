@@ -57,9 +57,9 @@ class Ranks:
     image_ties: Int[Tensor, " T"] | None = None
     """For each caption, the number of wrong images that tie with the correct one; None: unknown."""
     text_ties: Int[Tensor, " I"] | None = None
-    """For each image, the number of wrong captions with the same score as its best-ranked correct caption, or None."""
+    """For each image, the number of wrong captions that tie with its best-ranked correct caption; None: unknown."""
     text_own: Int[Tensor, " I"] | None = None
-    """For each image, the number of its correct captions with the same score as the best-ranked one, or None."""
+    """For each image, the number of its correct captions with the score of the best-ranked one; None: unknown."""
 
     @classmethod
     def worst(cls, image_of: Int[Tensor, " T"]) -> "Ranks":
@@ -163,7 +163,7 @@ def recalls_from_scores(
 
 
 def chance(image_of: Int[Tensor, " T"], ks: Sequence[int] = KS) -> Recalls:
-    """Return the mean recalls of random scores; IR is K / I, TR 1 - C(T - m, K) / C(T, K) with m captions per image."""
+    """Return the mean recalls of random scores; IR@K = K / I, TR@K = 1 - C(T - m, K) / C(T, K), m captions an image."""
     num_texts, captions = len(image_of), torch.bincount(image_of)
     num_images = len(captions)
 

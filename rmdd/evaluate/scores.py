@@ -1,12 +1,13 @@
 """Scores HLR, IOR, LRS and ARS of DD-Ranking (arXiv 2505.13300), adapted to retrieval.
 
-The scores separate the gain of a distilled set from the gain of soft labels and augmentation. Accuracies are R@mean on
-test, as fractions, after the last pass of students trained by our protocol:
+The scores separate the gain of a distilled set from the gain of soft labels and augmentation. HLR and IOR are
+differences of accuracies. An accuracy is R@mean on test, as a fraction, after the last pass of students trained by our
+protocol:
 
     HLR   full data minus the set, both with hard labels: identity similarity, InfoNCE, the experts' learning rates
     IOR   the set minus random pairs, both with the set's loss, temperature, number of updates and form of similarity
-          (for random pairs it is computed by a teacher, and their learning rate is chosen on val)
-    aug, noaug   IOR with augmented and with unaugmented students
+          (the similarity of random pairs is computed by a teacher, their learning rate is chosen on val)
+    aug, noaug   IOR of students trained with and without augmentation
 
     LRS = f(w IOR - (1 - w) HLR),  ARS = f(g aug + (1 - g) noaug),  f(a) = 100 (e^a - e^-1) / (e - e^-1)
 

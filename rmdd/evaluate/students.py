@@ -58,9 +58,9 @@ class StudentSchedule:
     text_rate: Literal["own", "image"] = "own"
     """own: the text head has its own learning rate; image: the text head uses the learning rate of the image tower."""
     batches: Literal["drawn", "cut", "cut_full"] = "drawn"
-    """How a pass over M pairs is split into batches of B. drawn: ceil(M / B) independent draws of B pairs, as in the
-    released code of methods that learn a similarity; cut: the pairs are shuffled and cut into batches, the last one
-    shorter; cut_full: as cut, but a shorter last batch is left out."""
+    """How a pass over M pairs is split into batches of B pairs. drawn: ceil(M / B) batches are drawn independently, as
+    in the released code of methods that learn a similarity. cut: the pairs are shuffled and cut into batches; the last
+    one may be shorter. cut_full: as cut, but a shorter last batch is left out."""
     augment: str = "none"
     """Name of the image augmentation (see `rmdd.evaluate.augment`), or none."""
     trains: Literal["all", "heads", "text head"] = "all"

@@ -290,7 +290,7 @@ def test_students_of_the_set_use_its_temperature_and_others_that_of_the_model(
 
 
 def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
-    """Phases of 6 and 5 pairs in batches of 4 need 2 + 2 updates per pass; 7 random pairs in batches of 4 need 2."""
+    """With batches of 4, a pass takes 2 + 2 updates over phases of 6 and 5 pairs, but 2 updates over 7 random pairs."""
     plan = (config.Phase(pairs=6), config.Phase(pairs=5))
     run = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
     epochs = {}

@@ -18,9 +18,9 @@ RATES = ((0.02, 0.04), (0.03, 0.01))
 TENS = tuple(range(1, 102, 10))
 BOTH = {"image_tower", "image_head", "text_head"}
 
-# Columns: number of passes, batch sizes of a pass over each subset, learning rates, pass after which they drop,
-# momentum, weight decay, passes after which students are scored, reported scoring, number of students, trained parts
-# of the model, augmentation, loss.
+# Columns of `EXPECTED`: number of passes, batch sizes of a pass over each subset, learning rates, pass after which they
+# drop, momentum, weight decay, passes after which students are scored, reported scoring, number of students, trained
+# parts of the model, augmentation, loss.
 EXPECTED = {
     "lors": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),
     "ptm_st": (101, ([128] * 2, [70]), "learned, last", 51, 0.9, 5e-4, TENS, "best", 5, BOTH, "none", "wbce"),

@@ -218,7 +218,7 @@ def test_golden_example_under_every_rule_for_ties():
 
 
 def over_all_orders(row, correct, k):
-    """Return in how many percent of all orders of tied candidates a correct one is among the first k."""
+    """Return the percentage of orders of tied candidates in which a correct candidate is among the first k."""
     best = max(row[j] for j in correct)
     above, level = sum(v > best for v in row), [j for j, v in enumerate(row) if v == best]
     hits = [bool(set(order[: max(0, k - above)]) & set(correct)) for order in permutations(level)]

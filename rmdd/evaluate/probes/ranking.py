@@ -16,7 +16,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import Constants
 
 TOLERANCE = 1e-6
-"""Cosines that differ by less than this count as tied, as rounding may make cosines of equal candidates differ."""
+"""Cosines that differ by less than this count as tied, because rounding can make equal candidates differ."""
 
 TEXTS = 8192
 """Number of texts that go through the text head of the model at once."""

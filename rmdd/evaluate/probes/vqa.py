@@ -1,9 +1,9 @@
-"""COCO-QA as retrieval: question and candidate answer form a sentence; sentences are ranked by cosine with the image.
+"""COCO-QA as retrieval: the question and each candidate answer form a sentence, ranked by its cosine with the image.
 
-Candidates are all distinct answers of COCO-QA. A student may guess an answer from the question without looking
-at the image, so two baselines are reported: `blind`, the same student with all images replaced by their mean embedding,
-and `majority`, the most frequent train answers to questions of the same type.
-Letters in shapes: Q distinct questions, A answers, N (question, image) pairs, I images, D joint width.
+Candidates are all distinct answers of COCO-QA. A student may guess an answer from the question alone, so two baselines
+are reported. `blind` scores the same student with all images replaced by their mean embedding. `majority` answers with
+the most frequent train answers to questions of the same type. Letters in shapes: Q distinct questions, A answers, N
+(question, image) pairs, I images, D joint width.
 """
 
 from collections import Counter, defaultdict
@@ -70,7 +70,7 @@ def picture(pair_id: str) -> str:
 
 
 def majority(train: Sequence[Any], test: Sequence[Any], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return ACC@K, overall and per question type, of a guess that ranks answers by train frequency for the type."""
+    """Rank answers by their train frequency for the question type; return ACC@K, overall and per question type."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for q in train:
         counts[q.type][q.answer] += 1
