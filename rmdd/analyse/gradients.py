@@ -1,8 +1,8 @@
 """Compare the matching gradients of different start epochs (PTM-ST, figures 4, 2b and 6a).
 
 The distilled set is the initial set of the first phase. The gradients at all start epochs use the same batches and
-dropout masks. The command `gradients` averages over experts and draws; the paper says neither which batches it uses nor
-how it averages.
+dropout masks. The command `gradients` averages over experts and draws. The paper does not describe its batches or
+averages.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def gradients(
     draws: int = 2,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Compute cosines between the matching gradients at all start epochs, and their norms, for images and for texts.
+    """Compute the norms of the matching gradients at all start epochs and the cosines between them, by modality.
 
     Write gradients.csv, gradient_norms.csv and gradients.svg to the run's folder `analyse`; return a summary.
     """
@@ -68,7 +68,7 @@ def pca(
     draws: int = 4,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Project the matching gradients of the images to two principal components: one point per start, expert and draw.
+    """Project the matching gradients of the images to two principal components; each start, expert and draw is a point.
 
     The components are computed separately for each kind of trajectory. Write pca.csv and pca.svg to the run's folder
     `analyse`; return a summary.
@@ -107,6 +107,6 @@ def pca(
 
 
 def _thinned(probe: Probe, most: int = 10) -> list[tuple[int, int | float]]:
-    """Return at most `most` evenly spaced start epochs, each with its index in `probe`, to keep the legend short."""
+    """Return at most `most` evenly spaced start epochs, so that a legend stays short, and their indices in `probe`."""
     step = -(-len(probe.starts) // most)
     return list(enumerate(probe.starts))[::step]

@@ -3,8 +3,8 @@
     ratio = |grad L(start + distance) - grad L(start)| / distance   tends to a constant as the distance goes to 0
 
 All gradients are computed in float64 with the same batches and dropout masks. The path `joined` is the original
-trajectory with straight lines between its epochs. It is straight around the start, but bends at every epoch, and the
-target lies behind a bend.
+trajectory with straight lines between its epochs. This path is straight around the start, but it bends at every epoch,
+and there is a bend between start and target.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ def joined_path(store: Store, expert: int) -> Path:
 def gradient_changes(
     matcher: Matcher, synthetic: Synthetic, expert: int, start: int | float, steps: list[float]
 ) -> list[Tensor]:
-    """Return |matching gradient at `start + d` minus matching gradient at `start`|, for each `d` in `steps`.
+    """Return, for each `d` in `steps`, how far the matching gradient moves between `start` and `start + d`.
 
-    The gradient of images and the gradient of texts form one vector.
+    The distance is the norm of the difference; the gradients of images and texts form one vector.
     """
 
     def gradient(at: int | float) -> Tensor:

@@ -19,9 +19,9 @@ TRAJECTORIES = ("original", "shortcut")
 class Setting:
     """Inputs of an analysis: the experts of a run, trained if missing, and the initial pairs of its first phase.
 
-    `experts` limits the number of experts, `endpoint` is the last epoch of shortcuts (default: the experts' last), and
-    `least` is the number of gradients that the analysis needs per kind of trajectory. It gets `draws` gradients per
-    start epoch and expert. Raise `ConfigError` before any training if the run's experts do not allow the analysis.
+    `experts` limits the number of experts. `endpoint` is the last epoch of shortcuts (None: the experts' last epoch).
+    Each start epoch and expert gives `draws` gradients. Before any training, raise `ConfigError` if the run cannot be
+    analysed, for example if it gives fewer than `least` gradients per kind of trajectory.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Setting:
         return statistics.probe(self.matcher(trajectory), initial, self.starts(), draws, averaged=averaged)
 
     def labels(self, draws: int) -> list[tuple[int, int]]:
-        """Return (expert, draw) of each gradient at one start epoch, in the order in which `probe` computes them."""
+        """Return the (expert, draw) of each gradient at one start epoch, in the order of the gradients in a `Probe`."""
         return list(itertools.product(self.samples, range(draws)))
 
 
@@ -112,7 +112,7 @@ def stored_epochs(last: int, kept: Collection[int] | None) -> set[int]:
 
 
 def missing_epochs(last: int, stored: Collection[int]) -> list[str]:
-    """Return a list with one message if the store lacks an epoch of a trajectory, otherwise an empty list."""
+    """Return one message if the experts did not store every epoch up to `last`, otherwise an empty list."""
     if len(stored) > last:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Tables with one distillation per cell: harm of late start epochs to students, and ablations of PTM-ST's phases.
+"""Tables of PTM-ST with one distillation per cell: students by the end of the start range, and ablations of phases.
 
 Each cell is a run with changed `distill.phases`. All cells run as one sweep, so they can be resumed, and they share
 experts and evaluation.
@@ -64,11 +64,11 @@ def collapse_members(
 def collapse_axes(
     trained: int, stored: Collection[int], reach: int, epochs: Sequence[int] | None, trajectories: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Return both axes of the table: exclusive ends `stop` of the start range (five by default) and kinds of
-    trajectories.
+    """Return both axes of the table: values of `stop`, the exclusive end of the start range (five by default), and
+    kinds of trajectories.
 
     The experts are trained for `trained` epochs and keep the epochs `stored`; a target lies `reach` epochs after its
-    start. Raise `ConfigError` with all values of both axes that do not fit the experts.
+    start. Raise one `ConfigError` that lists all values, on both axes, that do not fit the experts.
     """
     last = trained - reach + 1
     chosen = sorted(set(epochs or [max(1, round(last * i / 5)) for i in range(1, 6)]))
@@ -125,13 +125,13 @@ def collapse(
 
 
 def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Return the phases of each row of a PTM-ST table by row name, and the names of rows that do not fit the experts.
+    """Return the phases of each row of a PTM-ST table, by row name. Also return the names of rows left out.
 
     - `shift` (Table 13): all phases get the start range, or the endpoint, of the first phase
     - `endpoints` (Table 14): all endpoints move earlier and later, by the distance between two phases or by one epoch
     - `delta` (Table 15): start ranges move by 0, 1 and 2 epochs per phase
 
-    Raise `ConfigError` for a table that needs more phases than the run has.
+    A row is left out if the experts lack epochs for it. Raise `ConfigError` if the run has too few phases for `table`.
     """
     check_table(rule, table)
     phases = [p.model_dump(mode="json") for p in rule.phases]
@@ -158,7 +158,7 @@ def table_settings(rule: config.Distill, epochs: int, table: str) -> tuple[dict[
 
 
 def check_table(rule: config.Distill, table: str) -> None:
-    """Raise `ConfigError` for an unknown table, or for a table that the run's kind of trajectory does not support."""
+    """Raise `ConfigError` if the table is unknown or does not exist for the run's kind of trajectory."""
     if table not in TABLES:
         raise config.ConfigError([f"unknown table '{table}'; give one of {', '.join(TABLES)}"], "analyse")
     if table == "endpoints" and rule.trajectory != "shortcut":
@@ -189,7 +189,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
 
 
 def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member], list[str]]:
-    """Return names and runs of the distinct rows of a table, and names of rows that do not fit the experts."""
+    """Return the names and runs of the table's distinct rows, and the names of rows that do not fit the experts."""
     rows, skipped = table_settings(run.distill, run.experts.epochs, table)
     distinct: dict[str, str] = {}
     for name, phases in rows.items():

@@ -1,6 +1,6 @@
 """`rmdd bench estimator`: compare the first-order meta-gradient with the exact one during a distillation. The outer
-loop uses the estimator of the run. At regular intervals both estimators compute the gradient of the same set for the
-same draw, and the two gradients are compared tensor by tensor. Nothing is saved.
+loop uses the estimator of the run. At regular intervals, both estimators compute a gradient for the same set and the
+same draw; the two gradients are compared tensor by tensor. Nothing is saved.
 """
 
 import math
@@ -34,9 +34,9 @@ def compare_estimators(
 ) -> list[dict[str, Any]]:
     """Run the outer loop and compare both estimators every `every` iterations; return one row per comparison.
 
-    A row has `iteration`, `start` (epoch), `loss`, and for each tensor of the set the cosine and the norm ratio
-    (first-order over exact). For a learning rate, a scalar, the cosine is 1 or -1. If the loss is not finite, the loop
-    ends, and its last row has the reason as `stopped`.
+    A row has `iteration`, `start` (epoch) and `loss`. For each tensor of the set, it has the cosine of both gradients
+    and the ratio of their norms (first-order over exact). The cosine of a learning rate, a scalar, is 1 or -1. If the
+    loss is not finite, the loop ends, and the field `stopped` of the last row says why.
     """
     matcher = Matcher(methods.matching_method(run), phase, store, model, device)
     state = State.begin(initial).to(device)
@@ -79,7 +79,7 @@ def norm_ratio(a: Tensor, b: Tensor) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, for each tensor of the set, the medians of cosine and norm ratio over all rows with nonzero gradients."""
+    """Return the median cosine and the median norm ratio of each tensor, over the rows with nonzero gradients."""
     compared = [row for row in rows if "cosine" in row]
     medians: dict[str, dict[str, float]] = {}
     for name in compared[0]["cosine"] if compared else ():

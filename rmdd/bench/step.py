@@ -1,9 +1,9 @@
 """`rmdd bench step`: time, peak memory and FLOPs of one matching iteration, compared with reference loops.
 
 The variants of the iteration are timed in turn, so that other programs on the machine slow all of them down equally. On
-a CPU, a separate process runs one iteration to warm up, resets the high-water mark (/proc/self/clear_refs, Linux only)
-and runs a second iteration; its largest resident set since the reset is the peak memory. There, glibc returns each
-freed tensor at once, so that heap fragmentation is not counted. On a GPU, PyTorch's allocator counts the peak memory.
+a CPU, a separate process measures the peak memory. It runs one iteration to warm up, resets the high-water mark of its
+resident memory (/proc/self/clear_refs, Linux only), runs a second iteration and reads the mark. In this process, glibc
+returns each freed tensor at once, so that heap fragmentation does not count. On a GPU, PyTorch reports the peak.
 """
 
 import ctypes
@@ -123,7 +123,7 @@ def yardsticks_of(words: str) -> list[str]:
 
 
 def run_of(case: Case, method: str | None = None) -> config.Run:
-    """Return a run that describes `case`, with the defaults of `method` or with the loss and similarity of the case."""
+    """Return a run for `case`: with the defaults of `method`, or (None) with the loss and similarity of the case."""
     convnet = case.tower == "convnet"
     image: dict[str, Any] = {"name": case.tower, "weights": "random:0", "widths": case.widths}
     image["projection"] = "linear" if convnet else "none"
@@ -148,9 +148,9 @@ def run_of(case: Case, method: str | None = None) -> config.Run:
 
 
 def prepare(case: Case, method: str | None = None) -> Callable[[Variant], Callable[[], tuple[torch.Tensor, Synthetic]]]:
-    """Create the tensors of a case; return a function that turns a variant into a second function.
+    """Create the tensors of a case; return a function that maps a variant to its iteration, again a function.
 
-    The second function computes one iteration and returns the matching loss and its gradient for the synthetic set.
+    The iteration takes no arguments and returns the matching loss and its gradient for the synthetic set.
     """
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     run = run_of(case, method)
@@ -220,9 +220,9 @@ def bench_step(
 ) -> dict[str, Any]:
     """Measure the variants `chosen` on `case`; with `out`, write the result as JSON.
 
-    The result has, for each variant, seconds per iteration (median and quartiles), pairs per second, peak bytes above
-    the process's baseline, and FLOPs. A variant without a method also has its ratios to the reference loops,
-    because these loops compute the same steps.
+    For each variant, the result has seconds per iteration (median and quartiles), pairs per second, FLOPs, and peak
+    bytes above the process's memory before the iteration. Variants without a method compute the same steps as the
+    reference loops, so the result also has their ratios to these loops.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, but must be at least 1; use 20 for a reliable median")

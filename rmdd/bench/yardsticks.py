@@ -21,7 +21,7 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain(model: DualEncoder) -> DualEncoder:
-    """Return the same encoder with an ordinary ConvNet, computed layer by layer, instead of the optimised one."""
+    """Return `model` with an ordinary ConvNet, computed layer by layer, in place of an optimised ConvNet."""
     tower = model.image_tower
     if isinstance(tower, ConvNet):
         tower = _Plain(tower)
@@ -45,7 +45,7 @@ def whole_unroll(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """Return the matching loss and its exact gradient for the set, by autograd through all K inner steps."""
+    """Return the matching loss and its exact gradient for the set. Autograd goes through all K inner steps."""
     leaf = synthetic.map(lambda t: t.detach().requires_grad_())
     rates = {"image": leaf.lr_image, "text": leaf.lr_text}
     theta = {n: p.detach().requires_grad_() for n, p in start.items()}
@@ -65,7 +65,7 @@ def whole_unroll(
 
 
 class _Flat:
-    """Network of one modality as a function of one flat parameter vector, which every call splits into views."""
+    """Function of an input and one flat parameter vector: the network of one modality. A call splits the vector."""
 
     def __init__(self, parts: nn.Module):
         self.parts = parts
@@ -86,12 +86,12 @@ def published(
     synthetic: Synthetic,
     batches: Int[Tensor, "K B"],
 ) -> tuple[Tensor, Synthetic]:
-    """Compute one iteration like the released code of LoRS, whose loop RepBlend and PTM-ST also use.
+    """Compute one iteration like the released code of LoRS; RepBlend and PTM-ST released the same loop.
 
-    This loop keeps the properties of that code that cost time or memory: one parameter vector per modality;
-    `create_graph` in both passes; separate calls for image and text gradients; clones of every mini-batch; parameters
-    that autograd links from step to step; graphs of steps that stay in memory until the next step; learning rates read
-    with `.item()`. `build` builds the encoder, as the released code does in every iteration.
+    The loop has all properties of that code that cost time or memory: one parameter vector per modality; `create_graph`
+    in both passes; separate calls for image and text gradients; clones of every mini-batch; parameters that autograd
+    links from step to step; the graph of a step in memory until the next step ends; learning rates read with `.item()`.
+    In every iteration, `build` builds the encoder anew, as in the released code.
     """
     model = build()
     nets = {"image": _Flat(nn.Sequential(model.image_tower, model.image_head)), "text": _Flat(model.text_head)}

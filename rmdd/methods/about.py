@@ -14,8 +14,8 @@ from rmdd.methods.base import BaseMethod
 def listing() -> list[dict[str, Any]]:
     """Return one record per distillation method, sorted by family and name.
 
-    A record holds the method's summary, the inputs that it needs, where it was published (`card`), what tests verify
-    (`status`) and its presets. For a method that cannot be imported, summary and status hold the error message.
+    A record holds the method's summary, its required inputs, its publication (`card`), a text on what tests verify
+    (`status`) and its presets. If a method cannot be imported, its summary and status hold the error message.
     """
     presets = presets_by_method()
     records = []
@@ -49,7 +49,7 @@ def about(name: str) -> dict[str, Any]:
 
 
 def _options(section: type[Section], before: str = "") -> dict[str, str]:
-    """Return, for each field of `distill.options` of a method, its meaning, its allowed values and its default."""
+    """Describe the fields of a method's `distill.options`: the meaning, allowed values and default of each field."""
     described: dict[str, str] = {}
     for name, field in section.model_fields.items():
         key, kind = f"{before}{name}", field.annotation
@@ -67,7 +67,7 @@ def _options(section: type[Section], before: str = "") -> dict[str, str]:
 
 
 def _attributes(method: type[BaseMethod]) -> dict[str, Any]:
-    """Return the family of a method, the inputs that it needs, where it was published, and what tests verify."""
+    """Return a method's family, its required inputs, its publication, and a text on what tests verify."""
     return {
         "family": method.family,
         "needs": list(method.needs),

@@ -1,15 +1,15 @@
 """AMD: asynchronous matching with dynamic sampling (ICLR 2026), built on LoRS.
 
 In the experts, text heads move most in the first epochs and image towers move most in later ones. One start epoch for
-both towers therefore fits only one of them. AMD draws the two start epochs independently, t_V ~ U{0..R_V} for the image
-tower and t_L ~ U{0..R_L} for the text head, and computes the upper bounds from the experts:
+both towers therefore fits only one of them. AMD draws the two start epochs independently: t_V ~ U{0..R_V} for the image
+tower and t_L ~ U{0..R_L} for the text head. It computes the upper bounds R_V and R_L from the experts:
 
     drift   D_m(t) = || mean_m(t) - mean_m(t - 1) ||,  mean_m(t) = mean over experts of theta_m(t),  m = V or L
     ratio   r(t) = D_V(t) / D_L(t), with threshold T = median of r
     bounds  R_V = min{t: r(t) > T},  R_L = max{t: r(t) <= T}
 
-The set starts from prototypes: the pairs nearest to k-means centres of concatenated image and text embeddings
-(`distill.init: prototypes`, in `rmdd.distill.starts`; every trajectory-matching method has this option).
+The initial pairs are prototypes (`distill.init: prototypes`, an option of every trajectory-matching method). Image and
+text embeddings are concatenated and clustered by k-means; the pair nearest to each centre is a prototype.
 
 No code was released; this file follows notes on the paper. The rule for R_V is unusual: it ends the range of the image
 tower at the first epoch with a high ratio. `options.ranges: stated` takes the ranges from the run file instead.
@@ -47,7 +47,7 @@ class AMD(LoRS):
     card = "ICLR 2026"
     verified = (
         "Tests: the start ranges, prototypes and updates equal those of a slow float64 implementation. On emoji pairs, "
-        "it scores like LoRS. Not verified: the published numbers, which need a GPU."
+        "AMD scores like LoRS. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"distill": {"init": "prototypes"}}, LoRS.defaults)
 
@@ -114,7 +114,7 @@ def drift_ranges(store: Store, experts: Sequence[int], last: int) -> dict[str, t
 
 
 def mean_drift(store: Store, experts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return, for each tower, how far the mean parameters of the experts move in each epoch, as an array (epochs,)."""
+    """Return an array (epochs,) per tower: the distance by which the experts' mean parameters move in each epoch."""
     squares = {tower: np.zeros(store.epochs) for tower in TOWERS}
     before = _mean(store, experts, 0)
     for epoch in range(1, store.epochs + 1):

@@ -42,8 +42,8 @@ class BaseMethod:
     """A distillation method. New methods derive from the class of their family: `rmdd.methods.Method` (trajectory
     matching), `rmdd.methods.distribution.DistributionMethod` or `rmdd.methods.generative.GenerativeMethod`.
 
-    Every result depends only on the run, the phase and the iteration. Random draws come from
-    `rmdd.core.seeding.generator`, so that a resumed run gives the same bits as an uninterrupted one.
+    Every result must depend only on the run, the phase and the iteration. Take random draws from
+    `rmdd.core.seeding.generator`; a resumed run then gives the same bits as an uninterrupted one.
     """
 
     family: ClassVar[Family]
@@ -53,9 +53,9 @@ class BaseMethod:
     card: ClassVar[str] = ""
     """Where the method was published: an arXiv number or a venue."""
     verified: ClassVar[str] = ""
-    """What tests verify of this implementation, and what is not verified because it needs a GPU and weights."""
+    """Text that says what tests verify, and what is not verified because it needs a GPU and pretrained weights."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Default values that the method sets for fields missing from the run file, by section of the run file."""
+    """The method's own defaults, by section of the run file; they apply to fields that the run file does not set."""
     reference: ClassVar[str | None] = None
     """Name of the evaluation protocol of the method's paper, as in `rmdd.evaluate.references`."""
     version: ClassVar[int] = 1
@@ -68,8 +68,8 @@ class BaseMethod:
     learns_rates: ClassVar[bool] = False
     """Whether the learning rates of students are learned with the set; if False, they stay at the configured values."""
     plain_options: ClassVar[Mapping[str, Any]] = {}
-    """Values of `distill.options` with which the method draws integer start epochs from the ranges in `distill.phases`
-    and follows the path named in `distill.trajectory`."""
+    """Values of `distill.options` that turn off the method's own start ranges and path. With them, the method draws
+    integer start epochs from the ranges in `distill.phases` and follows the path named in `distill.trajectory`."""
     phase_fields: ClassVar[tuple[str, ...]] = ("pairs", "iterations")
     """Fields of `distill.phases` that the method reads."""
 
@@ -128,7 +128,7 @@ class BaseMethod:
         return epochs
 
     def idle(self) -> list[str]:
-        """Return the names of the fields of `distill` that the run file changes but the method does not read."""
+        """Return the names of the fields of `distill` that the run file changes although the method ignores them."""
         fields = config.Distill.model_fields
         return [name for name in self.idle_fields() if getattr(self.rule, name) != fields[name].default]
 
@@ -166,7 +166,7 @@ class BaseMethod:
         return phases.initial(self.run, phase, train, records)
 
     def begin(self, phase: int, train: Callable[[], PreparedSplit], folder: Path) -> None:
-        """Write the initial set of a phase into `folder`, if the method needs that file before workers start."""
+        """Write the initial set of a phase into `folder`. Only methods whose workers read this file override this."""
 
     def distil(
         self,
@@ -183,8 +183,8 @@ class BaseMethod:
     ) -> bool:
         """Run one phase from its last checkpoint, or from the start; return whether the phase finished.
 
-        This function is called only if `iterates` is True. `ranks` are workers that each hold the object returned by
-        `part_of_step`; if `ranks` is None, this process computes every step alone.
+        This function is called only if `iterates` is True. `ranks` are the workers that share the draws of a step; each
+        holds an object made by `part_of_step`. If `ranks` is None, this process computes every step alone.
         """
         raise NotImplementedError(f"{type(self).__name__} sets `iterates` but does not define `distil`; define it")
 
@@ -211,5 +211,5 @@ class BaseMethod:
         raise NotImplementedError(f"{type(self).__name__} has several `draws` but no `part_of_step`; define it")
 
     def pairs_of_step(self, phase: int, train: Callable[[], PreparedSplit]) -> int:
-        """Return the number of pairs that go through the towers in one update, to display pairs per second."""
+        """Return the number of pairs that one update passes through the towers. Displays of pairs per second use it."""
         return self.rule.phases[phase].pairs

@@ -1,23 +1,23 @@
 """CovMatch: cross-covariance matching with a trainable text tower (arXiv 2510.18583, NeurIPS 2025).
 
 With linear heads, the contrastive loss depends on the data only through the cross-covariance C of image and text
-features h before the heads. CovMatch therefore moves the set until its cross-covariance C_S equals C_T, that of real
-data. No student is unrolled. For image (v) and text (l) features, with heads G_v and G_l, the loss is
+features h before the heads. CovMatch therefore moves the set until its cross-covariance C_S equals C_T, the
+cross-covariance of real data. No student is unrolled. With heads G_v for images and G_l for texts, the loss is
 
     L = || rho C_T - C_S ||_F^2 + lambda (L_v + L_l),   L_m = || mean G_m h_m(real) - mean G_m h_m(set) ||^2
 
 C_S covers all M pairs; two passes over chunks of pairs give its exact gradient. The features come from an online model
-(two towers and the linear heads), which passes through all stages of training: after each step of the set, the online
-model takes one contrastive step on a real batch. Every `reset` = 50 steps it restarts from pretrained towers and random
-heads.
+(two towers and the linear heads). After each step of the set, the online model takes one contrastive step on a real
+batch. Every `reset` = 50 steps, the online model restarts from pretrained towers and random heads, so that the set is
+matched at all stages of training.
 
     texts: frozen   learns (M, F) text embeddings of the frozen text tower; only the image tower and the heads are
                     trained online (our variant, for comparison with the other methods)
     texts: tokens   learns (M, L, d) token embeddings, masked like the initial captions, and also trains the text tower
                     online; students get the output of the frozen text tower
 
-We could not read the released code and follow notes on the paper. Our choices: features are not normalised, masks are
-fixed, real batches have 128 pairs. If a batch has far fewer pairs than the features have dimensions, C_T is mostly
+We could not read the released code and follow notes on the paper. We chose unnormalised features, fixed masks of
+tokens, and real batches of 128 pairs. If a batch has far fewer pairs than the features have dimensions, C_T is mostly
 noise; `average` then uses a moving average over batches.
 """
 
@@ -206,7 +206,7 @@ class CovarianceMatching:
         self.reset(0)
 
     def reset(self, turn: int) -> None:
-        """Load the pretrained towers into the online model and draw new heads, seeded by the number of resets, `turn`.
+        """Load the pretrained towers into the online model and draw new heads. The seed is `turn`, the count of resets.
 
         An image tower without pretrained weights gets new random weights.
         """
@@ -265,7 +265,7 @@ class CovarianceMatching:
         return gradient, {name: float(part) for name, part in parts.items()}
 
     def after(self, synthetic: Synthetic, iteration: int) -> None:
-        """Train the online model for one contrastive step, or reset it after every `reset`-th update of the set."""
+        """Train the online model for one step. After every `reset`-th update of the set, reset the model instead."""
         if (iteration + 1) % self.rule.reset == 0:
             self.reset((iteration + 1) // self.rule.reset)
             return

@@ -6,9 +6,9 @@ T+ = `stop` and i_end = `grow_until` (fields of `distill.phases`),
 
     U(i) = min(T+, T0 + floor((T+ - T0) i / i_end)),      start ~ Uniform{T-, ..., U(i) - 1}
 
-`growing_stop` computes U. All other steps are those of LoRS. DATM was published for classification; its other two ideas
-map to existing features: its learned soft labels correspond to LoRS's learned similarity, and its loss threshold is
-`distill.skip_above`. The threshold is off here because its published value fits losses of a different scale.
+`growing_stop` computes U. All other steps are those of LoRS. DATM was published for classification. Its learned soft
+labels correspond to LoRS's learned similarity. Its loss threshold is `distill.skip_above`, which is off here, because
+the published threshold fits losses of a different scale.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ class DATM(LoRS):
     card = "2310.05773"
     verified = (
         "Tests: the growing start ranges and the updates equal those of a slow float64 implementation. On emoji pairs, "
-        "it scores lower than LoRS, as published. Not verified: the published numbers, which need a GPU."
+        "DATM scores lower than LoRS; the results published with PTM-ST have the same order. Not verified: the "
+        "published numbers, which need a GPU."
     )
     # We chose this start range for 100 pairs and 10 expert epochs; the paper has none for image-text pairs.
     defaults = filled(

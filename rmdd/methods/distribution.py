@@ -120,10 +120,10 @@ class DistributionMethod(BaseMethod, ABC):
         """Return the objective of a phase; each update of the set uses the gradient of the objective's loss."""
 
     def effort(self, phase: int, records: int) -> Effort:
-        """Return the work and memory of one step on a dataset of `records` captions, from which costs are estimated."""
+        """Return the work and memory of one step on a dataset of `records` captions, for the estimate of costs."""
         pairs = self.rule.phases[phase].pairs
         return Effort(0, self.options.draws * pairs, pairs)
 
     def exported(self, synthetic: Synthetic) -> Synthetic:
-        """Return the distilled set in the form on which students are trained, with texts as (M, F) embeddings."""
+        """Return the distilled set as students are trained on it: texts are (M, F) embeddings."""
         return synthetic

@@ -11,10 +11,10 @@ image. The cost hardly grows with the number of pairs.
 
 If cpi does not divide M, each remaining pair gets an image with one caption. We follow the paper where the released
 code has errors: the UNet reads noisy latents, the decoder gets latents at its own scale, and VAE and CLIP get pixels in
-the range that they expect (`tuning.recipe: released` reproduces the code). Time steps of high noise are left out
-(`tuning.max_step`), image and text features are normalised before they are concatenated (`tuning.unit_halves`), and all
-processes share one draw of captions. We added the noise-prediction term so that the model still generates images;
-`tuning.anchor: 0` removes it.
+the range that they expect. `tuning.recipe: released` reproduces the code. We leave out time steps of high noise
+(`tuning.max_step`), normalise image and text features before concatenation (`tuning.unit_halves`), and draw captions
+once for all processes. We added the noise-prediction term, which keeps the model able to generate images;
+`tuning.anchor: 0` removes this term.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class EDGE(TunedMethod):
     def _nearest(
         self, studio: Studio, pictures: list[Path], drawn: list[int], rows: list[int]
     ) -> list[FurtherCaptions]:
-        """Return, for each generated image, the real captions whose CLIP features are nearest to those of the image."""
+        """Return further captions for each image: the nearest real captions, by CLIP features of image and caption."""
         clip = self.parts()[1]
         texts = studio.features(f"clip:{self.options.clip}").texts
         nearest = nearest_captions(studio, clip.folder(), pictures, texts, max(rows))

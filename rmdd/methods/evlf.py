@@ -12,10 +12,10 @@ z~. The centre of a cluster is called its mode.
     generate  Stable Diffusion with that caption, starting from the noised mode (image_to_image) or guided towards the
               mode (mode_guidance)
 
-The paper distils classes: class prompts replace captions and a class-conditional DiT replaces Stable Diffusion. Our
-sampler also works with a DiT (`rmdd.generate.guidance.class_denoiser`). We differ from the paper in four points:
-`fusion.residual` starts the fusion at the identity, padding tokens are masked, the pooled text is the state of the
-first end-of-text token (padding repeats that token), and classifier-free guidance acts on all latent channels.
+The paper distils classes: it has class prompts instead of captions, and a class-conditional DiT instead of Stable
+Diffusion. Our sampler also works with a DiT (`rmdd.generate.guidance.class_denoiser`). We differ from the paper in four
+points. `fusion.residual` starts the fusion at the identity. Padding tokens are masked. The text is pooled at the first
+end-of-text token, which padding repeats. Classifier-free guidance acts on all latent channels.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class EVLF(TunedMethod):
         folder, identity = part.folder(), part.identity()
         tuned = self.tuned(studio)
         tuned_folder = self.folder_of(studio)
-        # the folder is named by a hash of the training options, so its name also identifies the fused latents
+        # the name of `tuned_folder` is a hash of the training options, which also determine the fused latents
         fused = tuned_folder.with_name(f"fused-{tuned_folder.name}")
         rows = fused_rows(studio, folder, options.fusion, options.sampling.size, tuned, fused)
         total = sum(p.pairs for p in self.rule.phases)

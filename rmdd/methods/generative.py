@@ -62,4 +62,4 @@ class GenerativeMethod(BaseMethod, ABC):
 
     @abstractmethod
     def make(self, studio: Studio, phase: int) -> None:
-        """Make those pairs of a phase that do not exist yet, and save the complete set with `studio.finish`."""
+        """Make the pairs of a phase, except those that an earlier try saved. Save the full set with `studio.finish`."""

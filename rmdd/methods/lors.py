@@ -1,7 +1,7 @@
 """LoRS: low-rank similarity mining (arXiv 2406.03793), the baseline of the field.
 
-LoRS learns M pairs together with the M x M matrix S of target similarities between every image and every text, so that
-M pairs carry M^2 soft relations. S is stored in low-rank form, which costs less memory than one pair:
+LoRS learns M pairs together with an M x M matrix S. S holds a target similarity for every image with every text. It is
+stored in low-rank form, which costs less memory than one pair:
 
     S = diag(omega) + alpha/r A B^T,    omega (M,) = one scale per pair,  A (M, r), B (M, r) = image and text factors
 
@@ -15,7 +15,7 @@ on the set and compares it with an expert:
 
 Paper and released code differ. We follow the code for the vector omega, the factor 1/2 and the floor 1e-6 of the loss,
 and the exclusive bound T+. We differ from the code in three points: both passes use the same dropout mask, initial
-images are not augmented, and the gradient of the student learning rates uses the same denominators as all other
+images are not augmented, and the gradients of the student learning rates have the same denominator as all other
 gradients. The options `inner_dropout`, `init_augment` and `options.rate_branches` restore the code's behaviour, and
 `similarity.diagonal` restores the paper's scalar omega.
 """
@@ -43,8 +43,8 @@ class LoRS(Method):
     reference = "lors"
     card = "2406.03793"
     verified = (
-        "Tests: the gradients and updates equal those of a slow float64 implementation. On emoji pairs, it scores "
-        "higher than random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the gradients and updates equal those of a slow float64 implementation. On emoji pairs, "
+        "distilled pairs score higher than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},
@@ -76,10 +76,10 @@ class LoRS(Method):
 
 
 def _separate_rates(result: MetaGradient, start: Params, target: Params) -> MetaGradient:
-    """Rescale the gradients of the student learning rates like the released code, and return the changed `result`.
+    """Return `result` with the gradients of the student learning rates rescaled as in the released code.
 
-    Before rescaling (`branches: merged`), both gradients are divided by the sum of both towers' squared distances.
-    After rescaling, the gradient of a tower's learning rate is divided by the squared distance of that tower only.
+    In `result` (`branches: merged`), both gradients are divided by the sum of both towers' squared distances. In the
+    returned value, the gradient of a tower's learning rate is divided by the squared distance of that tower only.
     """
     scale = {tower: squared_distance(start, target, tower) for tower in TOWERS}
     both = scale["image"] + scale["text"]

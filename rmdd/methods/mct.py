@@ -1,16 +1,16 @@
 """MCT: matching convexified trajectories (arXiv 2406.19827), on image-text pairs.
 
-MCT replaces the trajectory of each expert by a straight line from theta_0 to its last checkpoint theta_n. For each
-parameter tensor l,
+MCT replaces the trajectory of each expert by a straight line from its first checkpoint theta_0 to its last checkpoint
+theta_n. For each parameter tensor l,
 
     theta_l(t) = theta_l(0) + beta_l(t) (theta_l(n) - theta_l(0)),
     beta_l(t)  = path length of l up to epoch t / path length of l up to epoch n, linear between epochs
 
 Start epochs are real numbers, t ~ Uniform[0, T+). All other steps are those of LoRS. The paper describes a line between
 two anchor checkpoints. The released code uses four anchors, each averaged with its neighbours; `options.anchors: 4` and
-`options.smooth_anchors: true` reproduce that. The code clamps targets past the last epoch; we reject such a run file.
-PTM-ST's shortcut also follows a straight line, but with one endpoint per phase and integer epochs
-(`rmdd.experts.shortcut` implements both).
+`options.smooth_anchors: true` reproduce that. The code moves targets past the last epoch back to the last epoch; we
+reject run files with such targets. PTM-ST's shortcut is also a straight line, but has an endpoint per phase and integer
+epochs; `rmdd.experts.shortcut` implements both lines.
 """
 
 import functools
@@ -41,7 +41,7 @@ class MCT(LoRS):
 
         @property
         def bends(self) -> bool:
-            """True if the path differs from the single straight line between the first and the last checkpoint."""
+            """True if the path is not one straight line from the first to the last checkpoint."""
             return self.anchors > 2 or self.smooth_anchors
 
     options: Options
@@ -90,9 +90,9 @@ def anchored(store: Store, expert: int, anchors: int, *, smooth: bool) -> Anchor
 
 
 def _smoothed(store: Store, expert: int, epoch: int) -> Params:
-    """Return the mean of the checkpoint at `epoch` and the checkpoints one epoch before and after it.
+    """Return the mean of three checkpoints: at `epoch`, one epoch before it, and one epoch after it.
 
-    Epoch 0 is returned unchanged; the last epoch is averaged with the one before it.
+    For epoch 0, return its checkpoint unchanged; for the last epoch, return the mean of the last two checkpoints.
     """
     near = [0] if epoch == 0 else [t for t in (epoch - 1, epoch, epoch + 1) if t <= store.epochs]
     checkpoints = [store.read(expert, t) for t in near]

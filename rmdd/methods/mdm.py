@@ -1,22 +1,23 @@
 """MDM: multimodal distribution matching on the unit hypersphere (arXiv 2605.23482, CVPR 2026).
 
-MDM moves the set until its features are distributed like real features under a teacher that changes in every step. No
-student is unrolled. M is the number of pairs; a batch has B_r real and B_s distilled pairs; v and t are the unit
-embeddings of an image and its text.
+MDM moves the set until its features are distributed like the features of real pairs. A teacher model computes both
+kinds of features and changes in every step. No student is unrolled. M is the number of distilled pairs; v and t are the
+unit embeddings of an image and its text.
 
     start    cluster [v ; t] of all real pairs by k-means (cosine, K = M); take the pair nearest to each centre
     teacher  merge two random expert checkpoints w_1, w_2 around the anchor w_0, tensor by tensor:
              w* = w_0 + alpha c/(1 + c) (d_1 + d_2),  d_i = w_i - w_0,  c = cosine of d_1 and d_2
              (`rmdd.distill.distribution.merging`)
     loss     L = InfoNCE(distilled batch) + lambda_agr GKE(u real, u distilled) + lambda_dis GKE(g real, g distilled)
-             u = (v + t)/|v + t| is the direction in which image and text agree, g = (v - t)/|v - t| the one in which
-             they differ; GKE is the energy distance of a Gaussian kernel of angles (`rmdd.distill.distribution.sphere`)
+             u = (v + t)/|v + t| is the direction in which image and text agree, g = (v - t)/|v - t| the direction in
+             which image and text differ; GKE is the energy distance of a Gaussian kernel of angles
+             (`rmdd.distill.distribution.sphere`)
     update   SGD with momentum 0.5 on images and texts, their joint gradient clipped to norm 1
 
 Where paper and released code differ we follow the paper (V-statistic, teacher in eval mode, 64 real pairs), with three
-exceptions. c is kept at or above 0, because the factor c/(1 + c) diverges as c approaches -1. The anchor w_0 is fixed:
-epoch 0 of the store's first expert; the code draws a new text head in every iteration. The teacher that embeds pairs
-for clustering is a merged teacher, as in the code.
+exceptions. Negative c are set to 0, because the factor c/(1 + c) diverges as c approaches -1. The anchor w_0 is always
+the first expert at epoch 0; the code draws a new text head for the anchor in every iteration. A merged teacher embeds
+the pairs for clustering, as in the code.
 """
 
 import contextlib
@@ -216,8 +217,8 @@ class Teacher:
             self._current = key
 
     def _load(self, random: torch.Generator, share: float | None = None) -> None:
-        """Draw a random teacher and load its parameters. For the kinds weighted_sum and naive, the teacher lies between
-        the anchor and a checkpoint, at the fraction `share` of the way (None: a random fraction)."""
+        """Draw a random teacher and load its parameters. Teachers of the kinds weighted_sum and naive lie on the line
+        from the anchor to a checkpoint; `share` is the fraction of the way (None: a random fraction)."""
         kind, pool = self.options.teacher, self.pool
 
         def random_cell(epochs: list[int]) -> merging.Cell:
@@ -332,9 +333,9 @@ class MDMObjective:
                 self.model.eval()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the autocast context for the towers.
+        """Return the autocast context in which the towers run.
 
-        Kernels are computed in float32, outside this context, because bfloat16 rounds a cosine of 1 - 1e-6 to 1.
+        Compute kernels outside this context, in float32, because bfloat16 rounds a cosine of 1 - 1e-6 to 1.
         """
         low = self.run.distill.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()

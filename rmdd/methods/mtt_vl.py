@@ -7,10 +7,9 @@ should end near theta*, the expert's epoch s + 1, in both towers:
     L = sum over m of ||theta_K,m - theta*_m||^2 / ||theta_0,m - theta*_m||^2,    m = image tower, text head
 
 The gradient goes through all K steps (`estimator: exact`). We keep the autograd graph of one step at a time and get the
-same gradient. We differ from the released code in one point: its student loop multiplies cosines by
-log(1/0.07) = 2.66, while its experts and evaluation divide by 0.07. We always divide; `distill.temperature: 0.376`
-reproduces the code. The evaluation of that code trains the text head at the learning rate of the image
-tower; `evaluate.text_lr: image` does the same.
+same gradient. In the released code, the student loop multiplies cosines by log(1/0.07) = 2.66, but experts and
+evaluation divide cosines by 0.07. We always divide; `distill.temperature: 0.376` reproduces that student loop. The
+code's evaluation trains the text head at the learning rate of the image tower; `evaluate.text_lr: image` does the same.
 """
 
 from rmdd.methods.trajectory import Method
@@ -20,8 +19,8 @@ class MTTVL(Method):
     reference = "mtt_vl"
     card = "2308.07545"
     verified = (
-        "Tests: the gradients equal those of a full unroll in float64. On emoji pairs, it scores like random pairs. "
-        "Not verified: the published numbers, which need a GPU."
+        "Tests: the gradients equal those of a full unroll in float64. On emoji pairs, MTT-VL scores like random "
+        "pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = {
         "experts": {"keep": "all"},

@@ -1,22 +1,22 @@
 """NCFM: neural characteristic function matching (CVPR 2025), adapted to pairs with clusters instead of classes.
 
 Real pairs are clustered by k-means on their joint features f = [v ; t] / sqrt 2, where v and t are unit embeddings of
-image and text in a final expert. Each of C clusters c gets ipc pairs S_c of the set. Their feature distribution should
-equal that of the real pairs R_c of the cluster. NCFD compares the characteristic functions of R_c and S_c at T
-frequencies (`rmdd.distill.distribution.characteristic`). Each step:
+image and text by a fully trained expert. Each cluster c gets ipc distilled pairs, S_c. Their features should have the
+same distribution as those of the cluster's real pairs, R_c. NCFD compares the characteristic functions of R_c and S_c
+at T frequencies (`rmdd.distill.distribution.characteristic`). Each step:
 
     encoder    (1 - b) theta_0 + b theta_n of one random expert, b ~ U(0, 1), drawn again for every draw
     maximise   with `network: true`: a network psi generates the frequencies and takes one step that increases NCFD
-    minimise   one step of the pairs on  scale * sum over c of NCFD(R_c, S_c) + InfoNCE of all pairs in a final expert;
-               the second term keeps clusters apart, since NCFD compares each cluster with itself only
+    minimise   one step of the pairs on  scale * sum over c of NCFD(R_c, S_c) + InfoNCE of all pairs in an expert; the
+               InfoNCE term keeps the clusters apart, because NCFD compares pairs only within a cluster
     halve      the learning rates of the set and of psi, if the loss has not fallen for `patience` steps
 
-The only published attempt on image-text pairs is in appendix E of PTM-ST (arXiv 2603.25388); it scored like random
-pairs. The original paper and its code differ. Here, psi scales new noise for every frequency (`repeat` reproduces the
-code), psi and the set use two separate forward passes, and psi has its own learning-rate scheduler. psi is updated
-after each step of the set, on the batch and encoder of the next step; the first step uses the initial psi. With one
-pair per cluster the method does little more than match means, because the modulus of the characteristic function of a
-single point is always 1.
+The only published attempt on image-text pairs (PTM-ST, arXiv 2603.25388, appendix E) scored like random pairs. The
+original paper and its code differ. Here, psi scales new noise for every frequency (`repeat` reproduces the code), psi
+and the set use two separate forward passes, and psi has its own learning-rate scheduler. After each step of the set,
+psi is updated on the batch and encoder of the next step; the first step of the set uses the initial psi. With one
+distilled pair per cluster, the method does little more than match means: the characteristic function of a single point
+has modulus 1 at every frequency.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class NCFM(DistributionMethod):
         return initial_pairs(points, train.split.image_of, labels, clusters, ipc, self.options.pick, seed)
 
     def clustered(self, phase: int, train: PreparedSplit, store: Store) -> tuple[np.ndarray, np.ndarray]:
-        """Return the joint features of all caption records, embedded by the first expert, and their cluster labels."""
+        """Return the joint features of all real pairs, embedded by the first expert, and their cluster labels."""
         device, expert = local_device(self.run.runtime), store.complete()[0]
         model = (
             expert_model(

@@ -10,12 +10,12 @@
     captions    take the real caption nearest to the caption prototype
     images      decode the image prototype with an unCLIP diffusion model, prompted with that caption
 
-Paper and released code differ. We discard matched clusters that share no pair, as in the paper, and split the largest
-matches until the set has M pairs (`pairless`). Prototypes are means of the shared pairs, captions come from the pairs
-that remain after pruning, and every image has its own random seed. Students get embeddings of the captions by the run's
-text tower; with `texts: prototypes` they get the mean of these embeddings over the shared pairs, as the released
-evaluation does in CLIP's text space. `decode: nearest` uses the real image nearest to the image prototype; it generates
-nothing and needs no diffusion model.
+Paper and released code differ. Matched clusters that share no pair are discarded, as in the paper; then the largest
+matched clusters are split until the set has M pairs (`pairless`). Captions come from the pairs that remain after the
+drop by `rm_ratio`, and every image has its own random seed. The run's text tower embeds the captions for the students.
+With `texts: prototypes`, students get the mean of the text embeddings over the shared pairs instead; the released
+evaluation does this in CLIP's text space. `decode: nearest` takes the real image nearest to the image prototype and
+needs no diffusion model.
 """
 
 from __future__ import annotations
@@ -237,5 +237,5 @@ def decoder_of(options: PDS.Options, folder: Path, device: torch.device) -> Deco
 
 
 def shared_texts(texts: np.ndarray, prototypes: Prototypes) -> np.ndarray:
-    """Return, for each prototype, the mean text embedding of the pairs that its two clusters share, as (M, F)."""
+    """Return the prototypes' texts (M, F): the mean text embedding of the pairs that two matched clusters share."""
     return np.stack([texts[cell.texts].astype(np.float64).mean(axis=0) for cell in prototypes.cells]).astype(np.float32)

@@ -12,7 +12,7 @@ ideas to trajectory matching with a learned similarity; each can be used alone:
 All three are settings of the matching loop: `distill.phases`, `distill.trajectory: shortcut` and `distill.ema`. With
 one phase, the original trajectory and `ema: 0`, the method is LoRS with a full similarity matrix. Where paper and
 released code differ we follow the paper: endpoints are inclusive, a phase makes exactly I_p updates, and the exported
-student learning rates are averaged. In addition, dropout uses the same mask in both passes.
+student learning rates are moving averages, too. Unlike in the code, both passes use the same dropout mask.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ from rmdd.methods.trajectory import Method
 def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool = False) -> config.Run:
     """Return a copy of `run` without the ideas (PTM, ST, EMA) whose argument is True: the ablations of Table 4.
 
-    Without PTM, one phase distils all pairs, with the range and endpoint of the first phase; the paper does not say
-    which range and endpoint it used. Without ST, all expert epochs are needed, so `experts.keep` becomes `all`.
+    Without PTM, one phase distils all pairs. It has the start range and endpoint of the first phase, because the paper
+    does not say which ones it used. Without ST, all expert epochs are needed, so `experts.keep` becomes `all`.
     """
     changes: dict[str, Any] = run.model_dump(mode="json")
     if ptm:
@@ -47,6 +47,6 @@ class PTMST(Method):
     card = "2603.25388"
     verified = (
         "Tests: the paths, gradients and averages equal those of a slow float64 implementation; all ablations of Table "
-        "4 run. On emoji pairs, it scores higher than all other methods. Not verified: the published numbers, which "
-        "need a GPU."
+        "4 run. On emoji pairs, PTM-ST scores higher than all other methods. Not verified: the published numbers, "
+        "which need a GPU."
     )

@@ -9,9 +9,9 @@ move apart. RepBlend makes two changes to LoRS:
     projection  both encoders are frozen; a projection on each is trained and matched. Pixels get their gradient through
                 the frozen image tower.
 
-lam and q are drawn once per step and are the same in both passes over the student. The paper has one loss ratio over
-both projections (`branches: merged`, as in its COCO scripts); its Flickr30k scripts use one ratio per projection.
-`model.image.trainable: true` gives blending without the frozen encoder.
+lam and q are drawn once per step and are the same in both passes over the student. The paper and its COCO scripts have
+one loss ratio over both projections (`branches: merged`); the Flickr30k scripts have one ratio per projection.
+`model.image.trainable: true` trains the image encoder and keeps the blending.
 """
 
 from collections.abc import Mapping
@@ -63,8 +63,8 @@ class RepBlend(LoRS):
     reference = "repblend"
     card = "2505.14705"
     verified = (
-        "Tests: the blended training steps equal those of a slow float64 implementation. On emoji pairs, it scores "
-        "higher than random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the blended training steps equal those of a slow float64 implementation. On emoji pairs, RepBlend "
+        "scores higher than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled({"model": {"image": {"trainable": False, "projection": "block"}}}, LoRS.defaults)
 

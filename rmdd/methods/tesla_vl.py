@@ -8,7 +8,7 @@ the batch X_k of step k, with g_k = gradient of step k, eta = student learning r
 
 The estimate ignores that the student's parameters after step k depend on X_k. The paper calls it exact, but it is exact
 only for one step (K = 1); `distill.estimator: exact` gives the exact gradient for the same memory. Without a similarity
-to store, the whole budget goes into pairs. No script was released, so learning rates are those of LoRS.
+to store, the whole budget goes into pairs. No script was released, so we use the learning rates of LoRS.
 """
 
 from rmdd.config.runfile import filled
@@ -18,8 +18,8 @@ from rmdd.methods.lors import LoRS
 class TeslaVL(LoRS):
     card = "2211.10586"
     verified = (
-        "Tests: the gradients equal those of a slow float64 implementation of TESLA's two passes. On emoji pairs, it "
-        "scores lower than random pairs. Not verified: the published numbers, which need a GPU."
+        "Tests: the gradients equal those of a slow float64 implementation of TESLA's two passes. On emoji pairs, "
+        "TESLA-VL scores lower than random pairs. Not verified: the published numbers, which need a GPU."
     )
     defaults = filled(
         {

@@ -34,8 +34,8 @@ START = "start.safetensors"
 class Method(BaseMethod):
     """A method that runs in the trajectory-matching loop.
 
-    Most methods only set `defaults`. A method with a new idea overrides one of `records`, `initial`, `path`, `ranges`,
-    `draw`, `student_loss` and `corrected`.
+    Most methods only set `defaults`. Other methods override one of the functions `records`, `initial`, `path`,
+    `ranges`, `draw`, `student_loss` and `corrected`.
     """
 
     family: ClassVar[Family] = "trajectory"

@@ -30,7 +30,7 @@ from rmdd.models.prepared import PreparedSplit
 
 
 class TunedMethod(GenerativeMethod):
-    """A generative method that trains a model, stored under a hash of everything that determines its weights."""
+    """A generative method that trains a model. The model's folder is named by a hash of all inputs of the training."""
 
     needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
@@ -55,7 +55,7 @@ class TunedMethod(GenerativeMethod):
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Return the image sizes in pixels that the diffusion model must support, by the name of their option."""
+        """Return the image sizes, in pixels, that the diffusion model must support, by the option that sets each."""
 
     def faults(self) -> list[str]:
         faults, generator = super().faults(), self.parts()[0]
@@ -102,7 +102,7 @@ class TunedMethod(GenerativeMethod):
         return folder
 
     def pictures(self, train: PreparedSplit) -> Callable[[list[int], int], Tensor]:
-        """Return a function that maps caption records and a side S to images squashed to S x S, uint8 (B, 3, S, S)."""
+        """Return a function of caption records and a side S; it returns their images squashed to uint8 (B, 3, S, S)."""
         split, data = train.split, self.run.data
 
         def images_of(records: list[int], size: int) -> Tensor:
@@ -115,8 +115,8 @@ class TunedMethod(GenerativeMethod):
         return images_of
 
     def before(self, phase: int, count: Callable[[int], int]) -> int:
-        """Return how many captions all earlier phases draw; `count` maps a number of pairs to a number of captions.
+        """Return the number of captions that the phases before `phase` draw; `count` maps pairs to captions.
 
-        All phases share one sequence of random draws, and the draws of this phase begin at the returned index.
+        All phases share one sequence of drawn captions; the captions of `phase` begin at the returned index.
         """
         return sum(count(p.pairs) for p in self.rule.phases[:phase])

@@ -51,7 +51,7 @@ def load(storage, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Fixture: the folder with the run file and the storage of a tiny run whose experts are trained."""
+    """Fixture: a tiny run with trained experts. Return the folder of its run file and storage."""
     folder = tmp_path_factory.mktemp("analyse")
     run = load(folder / "runs")
     (folder / "run.yaml").write_text(config.dump(run))
@@ -218,7 +218,7 @@ def test_a_table_is_a_sweep(trained, ink):
 
 
 def test_the_gradient_is_linear_in_the_start_on_a_straight_path(trained):
-    """The ratio must converge once the distance is too small for a ReLU to switch between the two starts."""
+    """The ratio must converge as the distance shrinks. At a small distance, no ReLU switches between the two starts."""
     with open_pipeline(load(trained / "runs"), Progress(quiet=True)) as pipeline:
         result = linearity(pipeline, halvings=10, start=1.3)
     for name in ("shortcut", "joined"):

@@ -71,7 +71,7 @@ def test_known_drifts_give_the_ranges_of_the_paper(tmp_path, image, text, expect
 
 
 def test_equal_drifts_give_equal_ranges(tmp_path):
-    """If both towers have the same parameters, every drift ratio is 1 and both towers get the full start range."""
+    """The towers have the same parameters, so every drift ratio is 1; both must get the full start range."""
     names = {"image_tower.w": (3, 2), "text_head.w": (3, 2)}
     store = Store.create(tmp_path, names, shared={}, epochs=4, keep=None, dtype="float32", facts={})
     random = torch.Generator().manual_seed(0)
@@ -121,7 +121,10 @@ def test_drift_ranges_need_independent_starts():
 
 def test_a_range_of_the_text_tower_needs_independent_starts():
     plan = {"pairs": 6, "stop": 2, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
-    with pytest.raises(config.ConfigError, match="only if each tower draws its own start epoch; remove them, or set distill.method: amd"):
+    with pytest.raises(
+        config.ConfigError,
+        match="only if each tower draws its own start epoch; remove them, or set distill.method: amd",
+    ):
         method_run("amd", options={"starts": "together", "ranges": "stated"}, phases=[plan])
 
 

@@ -62,7 +62,7 @@ def slow_loss(objective, train, images, texts, iteration):
 
 
 def test_loss_and_gradient_equal_the_slow_ones(setting):
-    """Compare loss and gradient in float64, for a new online model and after each of its first training steps."""
+    """Compare with slow code in float64: for a new online model and after each of the model's first training steps."""
     run, train = setting
     for chunk in (2, 64):
         _, begun, objective = opened(with_options(run, chunk=chunk), None, train)
@@ -184,7 +184,7 @@ def test_a_frozen_image_tower_stays(bert):
 
 
 def test_token_embeddings_give_the_embeddings_of_their_captions(bert, tmp_path):
-    """The frozen tower must return the same output for initial token embeddings as for captions, padded or not."""
+    """The frozen tower must give the same output for captions and for their token embeddings, padded or not."""
     for pooling, unit in (("cls", False), ("mean", True)):
         tower = {"name": bert, "pooling": pooling, "max_tokens": 12, "normalise": unit}
         run, train = run_of("covmatch", {**SMALL, "texts": "tokens", "chunk": 4}, text=tower), prepared_split()

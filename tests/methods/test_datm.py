@@ -11,7 +11,7 @@ RAMP = {"pairs": PAIRS, "start": 0, "stop": 3, "grow_from": 1, "grow_until": 40,
 
 
 def ramp(low, first, last, until, iteration):
-    """Return the bound U(i) of the paper for i = `iteration`, and the list of start epochs below the bound."""
+    """Return the paper's exclusive bound U(i) for i = `iteration`, and the allowed start epochs `low` to U(i) - 1."""
     bound = first
     while bound < last and (bound + 1 - first) * until <= (last - first) * iteration:
         bound += 1
@@ -27,7 +27,7 @@ def test_the_bound_grows_as_in_the_paper(low, first, last, until):
 
 
 def test_a_bound_below_the_ramp_stays():
-    """A range that ends at or below `grow_from`, such as a computed range or that of the text tower, must not grow."""
+    """A start range that ends at or below `grow_from` must not grow; ranges computed by a method can be so short."""
     assert {growing_stop(config.Phase(pairs=4, stop=5, grow_from=3, grow_until=4), 2, i) for i in range(20)} == {2}
 
 

@@ -80,7 +80,7 @@ def test_a_run_killed_in_tuning_and_in_generation_gives_the_same_bits(parts, unb
 
 
 def test_budgets_share_the_tuning_and_phases_share_the_draw(parts, unbroken, tmp_path):
-    """Two phases must give the same pairs as one phase, and the generator must not be fine-tuned again."""
+    """Two phases together must give the pairs of one large phase. Both runs must share one fine-tuned generator."""
     storage, _ = unbroken
     again = options(parts, captions_per_image=3)
     plan = [{"pairs": 3, "iterations": 1}, {"pairs": 4, "iterations": 1}]

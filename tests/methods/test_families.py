@@ -41,7 +41,7 @@ def of_method(method, folder="absent", **distill):
     [
         ("mdm", {"draws": 3, "real_batch": 8, "synthetic_batch": 4}, Effort(24, 12, 4, models=5)),
         ("mdm", {"real_batch": 999}, Effort(120, 6, 6, models=5)),
-        # NCFM embeds 2 clusters of 16 real and 2 distilled pairs, 4 pairs for InfoNCE, and 4 pairs for the next step
+        # NCFM embeds 16 real and 2 distilled pairs for each of 2 clusters, 4 pairs for InfoNCE, 4 for the next step
         ("ncfm", OTHERS["ncfm"], Effort(2 * 16 + 4, 8, 4, models=5)),
         ("covmatch", OTHERS["covmatch"], Effort(16 + 6, 6, 16, trained=16, models=4)),
     ],

@@ -37,7 +37,7 @@ def slow_discrepancy(real, distilled, frequencies, w_amplitude, w_phase):
 
 
 def slow_parts(objective, train, synthetic, iteration):
-    """Compute both loss terms with a loop over pairs in float64, from the same random draws as `objective`."""
+    """Compute both loss terms slowly, in float64 and pair by pair, from the random draws that `objective` uses."""
     store, rule, seed, run = objective.store, objective.rule, objective.seed, objective.method.run
     random = generator(seed, "blend", 0, iteration, 0)
     expert = store.complete()[int(torch.randint(run.experts.num, (), generator=random))]

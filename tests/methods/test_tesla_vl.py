@@ -14,7 +14,7 @@ def test_equals_the_formula_of_the_two_passes(make):
 
 
 def gap(make, steps):
-    """Return the relative distance between the estimated gradient of the images and that of the full unroll."""
+    """Return how far the estimated gradient of the images is from the gradient of a full unroll, relative to it."""
     setup = make(method_run("tesla_vl", steps=steps))
     drawn, loss = setup.matcher.draw(0), plain_loss(setup.model, wbce)
     estimated = setup.matcher.gradient(setup.begun, drawn).gradient.images
