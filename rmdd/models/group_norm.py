@@ -12,8 +12,8 @@ and m(.) the mean over a group of channels. The gradients in x, w and b, and the
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
 
 The gradient and the tangent are adjoint, so the same formulas give the derivative of either one. One implementation
-serves both reverse mode over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer norm must not be
-differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
+serves both reverse mode over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer
+norm must not be differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
 """
 
 import math

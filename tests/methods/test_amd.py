@@ -123,7 +123,7 @@ def test_a_range_of_the_text_tower_needs_independent_starts():
     plan = {"pairs": 6, "stop": 2, "stop_text": 3, "endpoint": EPOCHS, "iterations": 4}
     with pytest.raises(
         config.ConfigError,
-        match="only if each tower draws its own start epoch; remove them, or set distill.method: amd",
+        match="only if each tower draws its own start epoch; remove",
     ):
         method_run("amd", options={"starts": "together", "ranges": "stated"}, phases=[plan])
 
