@@ -34,7 +34,7 @@ def drawings(health: Mapping[str, Any]) -> list[str]:
 def _panels(
     health: Mapping[str, Any],
 ) -> list[tuple[str, Sequence[int], dict[str, list[float]], tuple[float, str]]]:
-    """Return, for each embedding-health plot, title, iterations (x axis), lines, and the level of random real pairs."""
+    """Return per embedding-health plot its title, iterations (x axis), lines, and the level of random real pairs."""
     sets = [row for row in health["rows"] if row["set"] == "distilled"]
     real = next(row for row in health["rows"] if row["set"] == "random pairs")
     x = [max(row["iterations"]) for row in sets]

@@ -95,7 +95,7 @@ def write_report(
 
 
 def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
-    """Return the main result of a run in one sentence, from the test scores after the last training pass."""
+    """Return one sentence with the main result of a run. It compares test scores after the last training pass."""
     table = evaluation["table"]
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
@@ -281,7 +281,7 @@ def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:
-    """Return a heat map, the value ranges and the largest off-diagonal entries of each subset's similarity matrix."""
+    """Return per subset the heat map, value ranges and largest off-diagonal entries of the similarity matrix."""
     import torch
 
     maps: list[dict[str, Any]] = []
@@ -324,7 +324,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _curves(method: BaseMethod, lines: list[dict[str, Any]]) -> list[Markup]:
-    """Draw the plots that `method` defines for one phase, from the lines of the phase's metrics log."""
+    """Draw the plots that `method` defines. `lines` are the lines of the metrics log of one phase."""
     drawn, logged = [], {name: None for line in lines for name in line}
     for title, labels, level in method.curves(logged):
         shown = {key: label for key, label in labels.items() if any(key in line for line in lines)}

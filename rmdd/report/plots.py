@@ -154,7 +154,7 @@ def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels:
 
 
 def tuning(val: Sequence[Mapping[str, Any]]) -> str:
-    """Draw val R@mean of students trained on random pairs against the learning rate, with one line per loss."""
+    """Draw val R@mean against the learning rate, for students trained on random pairs, with one line per loss."""
     drawing = Drawing("random pairs, tuned on val", "student learning rate", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for loss, colour in zip(dict.fromkeys(v["loss"] for v in val), (REST, TEXT, FULL), strict=False):

@@ -38,10 +38,10 @@ th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884
 def write_page(
     path: Path, name: str, rule: config.Search, rows: Rows, best: Sequence[int], shares: Mapping[str, float]
 ) -> None:
-    """Write the HTML page of a search of run `name`. The page loads no URL.
+    """Write the HTML page of the search `name`. The page loads no URL.
 
-    `best` holds the trial numbers of the best trials; `shares` holds, per field, the share of the variance of val
-    R@mean that the field explains.
+    `best` holds the numbers of the best trials. `shares[field]` is the share of the variance of val R@mean that the
+    field explains.
     """
     title = f"search: {name}"
     counts = Counter(row["state"] for row in rows)
@@ -124,7 +124,7 @@ def slice_of(field: str, dimension: Dimension, rows: Rows, best: Sequence[int]) 
 
 
 def _trials(drawing: Drawing, at: Sequence[float | int], rows: Rows, numbers: Sequence[int]) -> None:
-    """Add a point per trial, coloured by the state of the trial, and a ring around the best trials."""
+    """Draw one point per trial in the colour of the trial's state, and a ring around each of the best trials."""
     for name, colour, complete in (("complete", IMAGE, True), ("pruned or open", REST, False)):
         points = [(x, r["val"]) for x, r in zip(at, rows, strict=True) if (r["state"] == "complete") == complete]
         if points:
@@ -140,7 +140,7 @@ def log_ticks(low: float | int, high: float | int, integer: bool = False) -> lis
 
 
 def front(cost: str, done: Rows, best: Sequence[int]) -> str:
-    """Draw val R@mean against the cost of each trial, with a ring around the trials on the Pareto front."""
+    """Draw val R@mean against cost, with one point per trial. Trials on the Pareto front get a ring."""
     drawing = Drawing("val against cost", cost, "val R@mean")
     with matplotlib.rc_context(STYLE):
         _trials(drawing, [row["cost"][cost] for row in done], done, best)

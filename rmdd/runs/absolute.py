@@ -1,4 +1,4 @@
-"""Make the paths in a run absolute, so that it can be resumed from any working folder."""
+"""Make the paths in a run absolute, so that the run can be resumed from any working folder."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,10 @@ from rmdd.data.inputs import absolute
 
 
 def with_absolute_paths(run: config.Run) -> config.Run:
-    """Return a copy of the run with absolute paths of data, probes' data, weights, text encoder and method options."""
+    """Return a copy of the run in which all paths are absolute.
+
+    A run can have paths of data, data of probes (extra evaluations), weights, a text encoder and method options.
+    """
     data, image, text = run.data, run.model.image, run.model.text
     if data.root is not None:
         data = data.model_copy(update={"root": _absolute_address(data.root)})

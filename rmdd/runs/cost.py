@@ -1,7 +1,7 @@
-"""Estimates of a run's parameters, disk, memory and time for `rmdd check`. They write and download no file.
+"""Estimates of a run's parameters, disk, memory and time for `rmdd check`. No file is written or downloaded.
 
-FLOPs are counted on the run's own towers, built with random weights on PyTorch's meta device, so nothing is computed.
-Seconds are a rough estimate from an assumed throughput. Bytes on disk are exact for the file formats.
+FLOPs are counted on the run's own model, built with random weights on PyTorch's meta device, which computes nothing.
+Seconds are a rough estimate that assumes a throughput. Bytes on disk are exact for the file formats.
 """
 
 import importlib.util
@@ -78,19 +78,19 @@ class Work:
     matching: int
     """FLOPs of one inner step of trajectory matching, with its double backward, for a whole mini-batch."""
     features: int
-    """FLOPs of a frozen image tower in trajectory matching, forward and backward, per pair and outer iteration."""
+    """FLOPs of a frozen image tower (forward and backward) in trajectory matching, per pair and outer iteration."""
     tower_graph_bytes: int
     """Bytes that autograd saves for one chunk of images in a frozen image tower."""
     graph_bytes: int
     """Bytes that autograd saves for one inner step of trajectory matching."""
     gradient: int = 0
-    """FLOPs of the gradient with respect to one pair, forward and backward, for methods without expert trajectories."""
+    """FLOPs of the gradient for one distilled pair (forward and backward pass); 0 in trajectory matching."""
     pair_graph_bytes: int = 0
-    """Bytes that autograd saves for the gradient with respect to one pair, for methods without expert trajectories."""
+    """Bytes that autograd saves to compute the gradient for one distilled pair; 0 in trajectory matching."""
 
 
 def text_features(tower: config.TextTower) -> tuple[int, str | None]:
-    """Return the width of the text embeddings of `tower`, and a remark if the width is assumed (otherwise None)."""
+    """Return the width of the text embeddings of `tower`. If this width is only assumed, also return a remark."""
     if tower.name == "hashing":
         return tower.width, None
     if tower.name in KNOWN_WIDTHS:
@@ -125,9 +125,9 @@ def size_of(model: DualEncoder, pretrained: bool) -> Size:
 
 
 def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
-    """Count the FLOPs and autograd memory of `model` (on the meta device) for one mini-batch of distilled pairs.
+    """Return the FLOPs and autograd memory of `model` (on the meta device), counted on a mini-batch of distilled pairs.
 
-    A frozen image tower is counted with one chunk of images.
+    A frozen image tower is counted on one chunk of images instead.
     """
     batch, size = run.distill.batch, run.data.image_size
     images = torch.empty(batch, 3, size, size, device="meta")
@@ -181,7 +181,7 @@ def work_of(model: DualEncoder, run: config.Run, text_width: int) -> Work:
 
 
 class _GraphBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager that adds up the bytes autograd saves for graphs built inside it, except model parameters."""
+    """Context manager that adds up the bytes that autograd saves inside the block. Model parameters do not count."""
 
     def __init__(self, model: DualEncoder):
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -202,9 +202,9 @@ def checkpoint_bytes(numbers: int, dtype: str = "float32") -> int:
 
 
 def store_bytes(size: Size, experts: int, epochs_kept: int, dtype: str = "float32") -> int:
-    """Return the bytes of an expert store with epoch 0 and `epochs_kept` more checkpoints of each expert.
+    """Return the bytes of an expert store: epoch 0 and `epochs_kept` more checkpoints of each expert.
 
-    The `size.shared` parameters of epoch 0 are stored once for all experts.
+    Of epoch 0, the `size.shared` parameters that are equal in all experts are stored only once.
     """
     start = FLOAT * (size.trained - size.shared)
     return FLOAT * size.shared + experts * (start + epochs_kept * checkpoint_bytes(size.trained, dtype))
@@ -219,7 +219,7 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
 def phases_bytes(run: config.Run, text_width: int) -> int:
     """Return the bytes on disk of all phases: the initial set, the snapshots and the optimiser state.
 
-    The optimiser state stores three numbers per learned value (the value, its momentum and its average); methods that
+    The optimiser state stores three numbers per learned value: the value, its momentum and its average. Methods that
     do not iterate have no optimiser state.
     """
     per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
@@ -236,9 +236,9 @@ def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
 
 
 def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> int:
-    """Return the peak bytes of one outer step of trajectory matching on the GPU or CPU that runs it.
+    """Return the peak memory, in bytes, of one outer step of trajectory matching on its device (GPU or CPU).
 
-    This memory holds the student's parameters of the inner steps, the graph of one inner step and the synthetic set.
+    This memory holds student parameters of inner steps, the autograd graph of inner steps and the synthetic set.
     """
     steps = run.distill.steps
     stored = {"device": steps, "cpu": 0, "recompute": 2 * math.isqrt(steps - 1) + 2}[run.runtime.keep_parameters]
@@ -253,16 +253,16 @@ def matching_bytes(run: config.Run, size: Size, work: Work, text_width: int) -> 
 
 
 def effort_of(run: config.Run, phase: int, records: int) -> Effort:
-    """Return how many pairs and how many models one step of a distribution-matching method uses in phase `phase`."""
+    """Return how many pairs and models one step of a distribution-matching method uses in phase `phase`."""
     method = methods.method_of(run)
     assert isinstance(method, DistributionMethod)
     return method.effort(phase, records)
 
 
 def step_bytes(run: config.Run, counts: Counts, size: Size, work: Work, text_width: int) -> int:
-    """Return the peak bytes of one step of distribution matching.
+    """Return the peak memory, in bytes, of one step of distribution matching.
 
-    This memory holds the models, the synthetic set with its gradient, momentum and average, and the graph.
+    This memory holds the models, the synthetic set (with gradient, momentum and average) and the autograd graph.
     """
     efforts = [effort_of(run, p, counts["train"][1]) for p in range(len(run.distill.phases))]
     held = max(e.models for e in efforts) * size.trained + max(e.numbers for e in efforts) + size.frozen
@@ -325,7 +325,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
 def known_counts(data: config.Data) -> tuple[Counts, str]:
     """Return the numbers of images and captions per split, and a phrase that says where these numbers come from.
 
-    Annotation files are read, images are not. Raises `ValueError` if only `rmdd ingest` can count the pairs.
+    Only annotation files are read, no images. Raises `ValueError` if the pairs cannot be counted before `rmdd ingest`.
     """
     if data.source == "scenes":
         s = data.scenes

@@ -34,7 +34,7 @@ class ExternalPairs:
 
 @dataclass(frozen=True)
 class TaskItem:
-    """The input of a task: a run, its paths, and either the number of an expert or phase, or the job of a student."""
+    """Input of a task: the run, its paths, and either `number` (of an expert or phase) or `job` (of a student)."""
 
     run: config.Run
     paths: RunPaths
@@ -62,9 +62,9 @@ class TaskItem:
 
 
 def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
-    """Return a split with its caption embeddings; runs with equal data settings share one copy in memory.
+    """Return a split with its caption embeddings. Runs with equal data settings share one copy in memory.
 
-    Raises `TestIsClosed` if a job that chooses a snapshot or a setting asks for the test split.
+    Raises `TestIsClosed` if the split is test and the job of `item` chooses a snapshot or a setting.
     """
     check_split_is_open(item.job, split)
     return item.source.open(split)
@@ -90,14 +90,14 @@ def exclusive_folder(folder: Path, storage: Storage, hooks: Hooks) -> Iterator[H
 
 
 def with_local_paths(item: TaskItem) -> tuple[TaskItem, Storage]:
-    """Return a copy of `item` whose paths are valid in this process, and the storage that holds the paths."""
+    """Return a copy of `item` with paths that are valid in this process, and the storage in which these paths lie."""
     storage = open_storage(item.run.runtime)
     return replace(item, paths=item.paths.under(storage.root)), storage
 
 
 @contextlib.contextmanager
 def tracked(item: TaskItem, title: str, value: str, folder: Path, storage: Storage) -> Iterator[track.Tracker]:
-    """Yield a tracker that appends to the training curves in `folder` and publishes them to the storage at the end."""
+    """Yield a tracker that appends to the training curves in `folder`. Publish them to the storage at the end."""
     for part in track.FOLDERS:
         storage.fetch(folder / part)
     try:

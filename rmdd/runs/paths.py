@@ -19,7 +19,7 @@ from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
 HEALTH = "health.json"
-"""Name of the file in the run folder that says, for each snapshot, whether embeddings have collapsed."""
+"""Name of a file in the run folder. The file says for each snapshot whether the embeddings have collapsed."""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
 
 
 def problems_of(run: config.Run) -> list[str]:
-    """Return the messages of all problems that would stop a run and that can be detected before it starts.
+    """Return a message for each problem that would stop the run and that can be found before the run starts.
 
-    Examples: unavailable encoders or models, phases over budget, unreadable files of probes (extra evaluations).
+    Examples: an encoder is unavailable, phases exceed the budget, a file of a probe (extra evaluation) is unreadable.
     """
     mistakes = []
     try:
@@ -134,8 +134,8 @@ def _parts(run: config.Run) -> list[parts.PretrainedModel]:
 def _model(run: config.Run, text_width: int) -> DualEncoder:
     """Build the run's dual encoder on the meta device.
 
-    Raises `ValueError` if the image tower is unavailable, or if trajectory matching needs second derivatives that the
-    tower does not have.
+    Raises `ValueError` if the image tower is unavailable. The error is also raised if the run matches trajectories and
+    the tower has no second derivatives.
     """
     tower = run.model.image
     if tower.weights != "pretrained" and not tower.is_random:
@@ -162,7 +162,7 @@ def _memory(
 
 
 def _method_remarks(run: config.Run) -> list[str]:
-    """Return remarks: the costs that the estimate leaves out, and the fields that have no effect with this method."""
+    """Return remarks on the run's method: costs that the estimate leaves out, and fields that have no effect."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
     if idle := method.idle():
@@ -171,7 +171,10 @@ def _method_remarks(run: config.Run) -> list[str]:
 
 
 def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | None]:
-    """Return the run with its phases, planned or (without a plan) forecast, and a remark that says which of the two."""
+    """Return the run with its phases, and a remark on where the phases come from (None if the run lists them).
+
+    Phases that the run does not list come from its plan or, before the plan exists, from a forecast.
+    """
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
@@ -184,7 +187,7 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
 
 
 def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
-    """Return the dataset (None if not ingested) and the paths of the run (None if an encoder is not available)."""
+    """Return the run's dataset (None if not ingested) and its paths (None without the dataset or an encoder)."""
     record = run_folder(run) / "data.json"
     path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
     if not (path / MANIFEST).is_file():
@@ -222,7 +225,7 @@ def _phase(run: config.Run, paths: RunPaths | None, number: int, foreseen_only: 
 
 
 def _gpus(run: config.Run) -> dict[str, float]:
-    """Return the number of GPUs for one worker, for all experts in parallel, and for all phases in parallel."""
+    """Return how many GPUs are used by one worker, by experts in parallel and by phases in parallel."""
     gpus, phases = run.runtime.gpus_per_worker, _parallel_workers(run)
     return {
         "each": gpus,

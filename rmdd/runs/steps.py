@@ -48,7 +48,7 @@ class Steps:
     # -- data ----------------------------------------------------------------------------------------------------
 
     def ingest(self) -> Dataset:
-        """Ingest the data of the run and return the dataset, or open the dataset if it was ingested before."""
+        """Return the run's dataset. Ingest the data first, unless this was done before."""
         run = self.run
         fetch_pretrained(run)
         with self.timed("ingest"):
@@ -134,7 +134,7 @@ class Steps:
             self.progress.say(f"warning: {message}")
 
     def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
-        """Return the input of the run's tasks with all phases, planned from the experts if the run lists no phases."""
+        """Return the input of the tasks, with all phases. If the run lists no phases, plan them from the experts."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
@@ -244,9 +244,9 @@ class Steps:
         return health
 
     def cost(self, item: TaskItem) -> dict[str, Any]:
-        """Write `cost.json`, the time and disk that the run has used so far, and return its content.
+        """Write the time and disk space that the run has used so far to `cost.json`; return the content of the file.
 
-        The file is separate from `evaluation.json`, which must be byte-identical after a kill and a resume.
+        These numbers are not in `evaluation.json`, as that file must be byte-identical if a run is killed and resumed.
         """
         logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
         cost = summary.measured_cost(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())

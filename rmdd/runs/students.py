@@ -1,4 +1,4 @@
-"""The task that trains and scores one student, or reads the scores of the student if it is finished."""
+"""The task that trains and scores one student. If the student is finished, the task only reads the scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +65,9 @@ class TrainStudent:
 def _train_and_score(
     item: TaskItem, storage: Storage, probes: StudentProbes, path: Path | None, hooks: Hooks
 ) -> tuple[dict[str, Any], DualEncoder | None]:
-    """Train and score a student; return a record with its scores, and the model (None if training diverged).
+    """Train and score a student. Return a record with the scores, and the model (None if training diverged).
 
-    The ranks of the queries on test are written beside the student's score file `path`, unless `path` is None.
+    Unless `path` (the student's score file) is None, the retrieval ranks of the test queries are written beside it.
     """
     assert item.job is not None
     job, run, paths, protocol = item.job, item.run, item.paths, StudentProtocol.of(item.run)

@@ -1,8 +1,8 @@
-"""Tasks of a run, except its students: train experts, plan, distil or generate phases, check for embedding collapse.
+"""Tasks of a run: train experts, plan, distil or generate phases, check for embedding collapse.
 
-A task is called with a `TaskItem` and opens files by path, so it gives the same result in this process and on any
-machine that sees the storage. A restarted task resumes from its last checkpoint. `target` returns the path of the
-result; two task items with the same target stand for the same work.
+The task of a student is in `rmdd.runs.students`. A task is called with a `TaskItem` and opens files by path. It
+therefore gives the same result in this process and on any machine that can read the storage. A restarted task resumes
+from its last checkpoint. `target` returns the path of the result. Task items with equal targets stand for equal work.
 """
 
 import contextlib
@@ -151,7 +151,7 @@ class DistillShared:
 
 
 def part_of_phase(item: TaskItem, rank: int, size: int) -> Any:
-    """Return an object that computes, on worker `rank` of `size`, the share of this worker in every step of a phase."""
+    """Return an object that computes the share of one worker (`rank` of `size` workers) in each step of a phase."""
     item, storage = with_local_paths(item)
     storage.fetch(item.paths.data)
     storage.fetch(item.paths.store, needed_after_training)
@@ -223,8 +223,8 @@ class TuneGenerator:
 class MakePlan:
     """Task: plan the phases of a run that lists none, unless an up-to-date plan exists.
 
-    Writes plan.json, with measured signals and the reasons for each phase, and planned.yaml, the run file with the
-    phases.
+    It writes `plan.json`, which holds measured signals and the reasons for each phase. For phases planned by `auto`, it
+    also writes `planned.yaml`, the run file with these phases.
     """
 
     def target(self, item: TaskItem) -> Path:

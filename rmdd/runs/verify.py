@@ -1,7 +1,7 @@
 """`rmdd verify`: check that files written by rmdd are intact.
 
-It reads all files and checks schema versions, manifests, sizes, SHA-256, headers and whether numbers are finite. For a
-finished run it also checks its dataset, experts and phases. Unfinished work is not a fault. No file is changed.
+It checks schema versions, manifests, file sizes, SHA-256 hashes and headers, and that all numbers are finite. If a run
+is finished, its dataset, experts and phases are checked too. Unfinished work is not a fault. No file is changed.
 """
 
 import tempfile
@@ -50,7 +50,10 @@ def verify(address: str, formats: Sequence[Format]) -> Findings:
 
 
 def _walk(path: Path, formats: Sequence[Format], check: DiskCheck) -> Findings:
-    """Check the folder `path` in the format that its marker file names, or as a folder of phases, or as a storage."""
+    """Check all files in the folder `path`.
+
+    A marker file in the folder tells the format. Without such a file, the folder must hold phases or be a storage.
+    """
     fewest_markers_first = sorted(formats, key=lambda f: len(f.markers))
     match = next((f for f in fewest_markers_first if any((path / name).is_file() for name in f.markers)), None)
     if match is not None:

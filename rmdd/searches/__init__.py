@@ -1,7 +1,7 @@
 """`rmdd search`: hyper-parameter search over fields of a run file, for the best R@mean on val.
 
-The dataset is ingested and the experts are trained once for all trials. Then trials distil from snapshot to snapshot,
-in parallel with Ray Tune or one after another. `rmdd.searches.study` chooses the values and stops poor trials.
+The dataset is ingested and the experts are trained once for all trials. Then trials distil from snapshot to snapshot.
+They run in parallel with Ray Tune, or one at a time. `rmdd.searches.study` chooses values and stops poor trials.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -87,7 +87,7 @@ def _plan_mistakes(plan: config.Plan, fields: Collection[str]) -> list[str]:
 
 
 def base_run_in(folder: Path | str) -> config.Run | None:
-    """Return the base run of the search in `folder` (path or URI), or None if that folder holds no search."""
+    """Return the base run of the search in `folder` (path or URI). If the folder holds no search, return None."""
     storage, file = locate_file(str(folder), "search.json", depth=2)
     if not file.is_file():
         return None
@@ -102,8 +102,8 @@ def search(
 
     >>> rmdd.search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP
 
-    `rmdd.load_config` explains `source` and `overrides`. A second call resumes the search; several processes may run
-    the same search at the same time and share its trials.
+    `rmdd.load_config` explains `source` and `overrides`. A second call resumes the search. Several processes may run
+    the same search at the same time; each trial is run by one of them.
     """
     base = config.load(source, overrides)
     check(base)

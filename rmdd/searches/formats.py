@@ -1,4 +1,4 @@
-"""All kinds of folders that `rmdd verify` can check, in the order in which it checks them."""
+"""All kinds of folders that `rmdd verify` can check, in the order in which they are checked."""
 
 from rmdd.comparisons.verify import COMPARISONS, STUDENTS
 from rmdd.core.checks import Findings

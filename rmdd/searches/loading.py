@@ -1,4 +1,4 @@
-"""`TrialLoader` builds and checks the run of a trial from the base run and the values that the trial tries."""
+"""`TrialLoader` builds the run of a trial from the base run and the values of the trial, and checks this run."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

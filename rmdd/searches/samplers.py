@@ -25,9 +25,9 @@ def trials_of(study: Study) -> list[FrozenTrial]:
 
 
 class Seeded(BaseSampler):
-    """Optuna sampler that is created again for every trial, with a seed that depends on the number of the trial.
+    """Optuna sampler that is created anew for every trial. Its seed depends on the number of the trial.
 
-    A resumed search therefore draws the same values as a search that was never killed.
+    A resumed search therefore draws the same values as a search that was never interrupted.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler]):

@@ -14,7 +14,7 @@ SECTIONS = ("model", "experts", "distill")
 """Sections of the run file that trials may change; equal data and evaluation keep their scores comparable."""
 
 DRAWS = 48
-"""If a value gives an invalid run, up to this many random draws of the other fields are tried with the value."""
+"""If a value makes an invalid run, at most this many random draws of the other fields are tried with the value."""
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -69,7 +69,7 @@ class Space:
         return {field: distribution(self.dimensions[field]) for field in values}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every combination of values as a mapping by field, leaving out fields whose `when` does not hold."""
+        """Return every combination of values, each as a mapping by field, without fields whose `when` does not hold."""
         rows: list[dict[str, Any]] = [{}]
         for field, dimension in self.dimensions.items():
             points = _points(dimension)
@@ -91,10 +91,10 @@ class Space:
     # -- mistakes ----------------------------------------------------------------------------------------------------
 
     def mistakes(self, mistakes_of: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
-        """Return a message for every field with a value that the run file rejects.
+        """Return a message for every field of the search space with a value that a run file does not allow.
 
         `mistakes_of(values)` returns the mistakes in the run of a trial. It is called for each choice and both ends of
-        each range. A clash with a different field is reported only if no random draw of the other fields is valid.
+        each range. A value that clashes with other fields is reported only if it clashes with all their random draws.
         """
         if not self.dimensions:
             return ["search.space is empty; give fields to try, such as distill.lr_image: {loguniform: [10, 10000]}"]
@@ -130,7 +130,7 @@ class Space:
         return mistakes
 
     def _impossible_conditions(self) -> list[str]:
-        """Return a message for every condition `when` that never holds, as its value lies outside the space."""
+        """Return a message for every condition `when` that never holds, because it needs a value outside the space."""
         return [
             f"search.space.{field}.when: {other} is never {_yaml(value)} in this space; add that value or change `when`"
             for field, dimension in self.dimensions.items()

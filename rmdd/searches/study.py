@@ -1,7 +1,7 @@
-"""`Study`: the trials of a search, stored in a database of Optuna.
+"""`Study`: the trials of a search, stored in an Optuna database.
 
 Several drivers (processes that run the search) can share the database. Finished trials never run again. If a driver
-dies, a different driver locks the folder of the unfinished trial and resumes the trial with the same values.
+dies, a different driver locks the folder of its unfinished trial. Then it resumes the trial with the same values.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class Study:
     def ended(self) -> set[str]:
         """Names of all finished trials, including trials that earlier calls or other drivers ran.
 
-        A trial whose values make an invalid run counts only in a grid, which cannot draw other values instead.
+        Trials whose values make an invalid run are included only for a grid; other samplers replace such trials.
         """
         grid = self.search.sampler == "grid"
         ended = (t for t in trials_of(self.study) if t.state.is_finished())
@@ -119,9 +119,9 @@ class Study:
     # -- methods of TrialSource --------------------------------------------------------------------------------------
 
     def ask(self) -> tuple[str, str] | None:
-        """Return the name and the run (as JSON) of the next trial, or None if the search has enough trials.
+        """Return the name and the run (as JSON) of the next trial. If the search has enough trials, return None.
 
-        Unfinished trials of drivers that died come first, then new trials.
+        Unfinished trials of drivers that died come before new trials.
         """
         with self._one_driver_at_a_time():
             for trial in trials_of(self.study):
@@ -190,9 +190,9 @@ class Study:
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _begin(self, trial: optuna.Trial, resumes: bool = False) -> tuple[str, str] | None:
-        """Lock a trial and write its run file; return the name and the run (as JSON) of the trial.
+        """Lock a trial, write its run file, and return the trial's name and run (as JSON).
 
-        Returns None if a different driver has locked the trial, or if the values of the trial make an invalid run.
+        Returns None if a different driver has locked the trial. Also returns None if the trial's run is invalid.
         """
         name, folder = self._name(trial.number), self.folder / "trials" / f"{trial.number:03d}"
         if resumes and (name in self.trials or not self._is_in_this_storage(trial, folder)):
@@ -226,7 +226,7 @@ class Study:
         return name, run.model_copy(update={"runtime": runtime}).model_dump_json()
 
     def _is_in_this_storage(self, trial: optuna.Trial, folder: Path) -> bool:
-        """Return whether a trial was started in this storage, even if the storage folder has moved since then.
+        """Return whether a trial was started in this storage. A moved storage folder is still the same storage.
 
         Drivers that share a database can write to different storages.
         """
@@ -271,7 +271,7 @@ class Study:
 
     @contextlib.contextmanager
     def _one_driver_at_a_time(self) -> Iterator[None]:
-        """Hold a lock in the block, so that two drivers never choose the same trial as their next one."""
+        """Hold a lock in the block, so that two drivers never choose the same next trial."""
         with hold_folder(self.folder / "asking", wait=True), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield

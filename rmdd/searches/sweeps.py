@@ -1,8 +1,8 @@
 """`rmdd sweep`: many runs (seeds, methods or settings) in parallel over one executor.
 
 Runs share all results whose settings are equal. First all datasets are ingested and all experts are trained. Then each
-run continues in its own thread; one thread computes at a time, while the others wait for results of phases or students.
-If two runs need the same result, the second run waits until the first one has it.
+run continues in its own thread. Only one thread computes at a time; the others wait until the executor has finished
+their phases or students. If two runs need the same result, the second run waits until the first run has computed it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SCORES = ("val", "test_last")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep, with the values of the fields that vary in the sweep (`settings`) and an optional name."""
+    """One run of a sweep, with an optional name. `settings` holds its values of the fields that vary in the sweep."""
 
     settings: dict[str, Any]
     run: config.Run
@@ -52,7 +52,7 @@ class SweepResult:
     runs: list[dict[str, Any]]
     """A row per run: its settings, distillation method and folder, and its scores or its error message."""
     groups: list[dict[str, Any]]
-    """A row per group of runs that differ only in seeds, with mean and standard deviation of their scores."""
+    """One row per group of runs that differ only in seeds. A row has the mean and standard deviation of the scores."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def sweep_folder(runs: Sequence[Member]) -> Path:
 
 
 def write_members(runs: Sequence[Member]) -> Path:
-    """Write the runs to `sweep.json` in the folder of the sweep, so that it can be resumed; return the folder."""
+    """Write the runs of a sweep to `sweep.json` in its folder, so that the sweep can be resumed; return the folder."""
     folder = sweep_folder(runs)
     plain = [{"settings": m.settings, "run": m.run.model_dump(mode="json"), "name": m.name} for m in runs]
     write_json(folder / "sweep.json", {"schema_version": 1, "members": plain})
@@ -145,7 +145,7 @@ def sweep(
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run the run file `source` with every combination of the values in `over`, and with each mapping in `settings`.
+    """Run the run file `source` with each mapping in `settings` and each combination of the values in `over`.
 
     >>> rmdd.sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
 

@@ -87,7 +87,7 @@ def _row(loader: TrialLoader, space: Space, trial: FrozenTrial) -> dict[str, Any
 
 
 def _best(done: Sequence[Mapping[str, Any]], cost: str) -> list[int]:
-    """Return the number of the trial with the best val R@mean or, unless `cost` is none, those of the Pareto front."""
+    """Return the numbers of the trials on the Pareto front; if `cost` is none, the trial with the best val R@mean."""
 
     def key(row: Mapping[str, Any]) -> tuple[float, float]:
         return row["val"], 0.0 if cost == "none" else -row["cost"][cost]

@@ -49,11 +49,11 @@ class Trial:
         self.curve: list[float] = []
 
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
-        """Distil up to the next snapshot and score it on val.
+        """Distil up to the next snapshot and score the snapshot on val.
 
-        Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done`: whether this was the last snapshot.
-        The last snapshot adds `cost` and `value`, the trial's final score. If a phase diverges, `value` is 0 and
-        `error` is the message; if the run is invalid, the results are only `done` and `error`.
+        Returns `step` (number of the snapshot, from 1), `val` (R@mean) and `done` (whether it was the last snapshot).
+        After the last snapshot, also returns `value` (the trial's final score) and `cost`. If a phase diverges, `value`
+        is 0 and `error` is the message. If the run is invalid, only `done` and `error` are returned.
         """
         self.worker.hooks = hooks
         try:
@@ -82,7 +82,7 @@ class Trial:
         return score
 
     def cost(self) -> dict[str, float]:
-        """Return the number of outer iterations of all phases so far, and the seconds that they took."""
+        """Return how many outer iterations all phases have done so far, and how many seconds these iterations took."""
         item = self.pipeline.begin_phases()
         total = {"iterations": 0.0, "seconds": 0.0}
         for p in range(len(item.run.distill.phases)):

@@ -30,7 +30,7 @@ def verify_sweep(path: Path, check: DiskCheck) -> None:
 
 
 def verify_search(path: Path, check: DiskCheck) -> None:
-    """Check the files of a search, the runs of its trials and, if the folder contains it, the search's database."""
+    """Check the files of a search and the runs of its trials. If the folder contains a database, check it too."""
     if not check.begin(path):
         return
     _json_files(path, "search", check)
@@ -51,7 +51,7 @@ def verify_search(path: Path, check: DiskCheck) -> None:
 
 
 def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -> None:
-    """Check the experts and phases that a trial uses and, if it exists, the full run with the trial's values."""
+    """Check the experts and phases that a trial uses. If a full run with the same values exists, check that run too."""
     folder = root / run.folder_name
     check.storage.fetch(folder)
     if (folder / "set" / distilled.DESCRIPTION).is_file():

@@ -1,4 +1,4 @@
-"""Read those trials of earlier searches (`search.warm_start`) whose values lie inside the space of a new search."""
+"""Read the trials of earlier searches (`search.warm_start`) whose values lie inside the space of a new search."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rmdd.core.layout import locate_file
 from rmdd.searches.space import Space
 
 COMPARED_SECTIONS = ("data", "evaluate")
-"""Sections of the run file that must be equal in the earlier and the new search, so that scores can be compared."""
+"""Sections of the run file that must be equal in the earlier and the new search, to keep scores comparable."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ def earlier_trials(search: config.Search, hashes: Mapping[str, str], name: str) 
     """Return the finished trials of the searches in `search.warm_start` whose values lie inside `search.space`.
 
     `hashes` maps each of `COMPARED_SECTIONS` to the section's hash in the new search. Other sections may differ, as
-    earlier trials only guide the sampler. Raises `ConfigError` for the run `name` if a folder holds no search, has a
-    different layout, or its search used different data or a different evaluation.
+    earlier trials only guide the sampler. Raises `ConfigError` for the run `name` if a folder holds no search or has a
+    different layout. Also raises this error if an earlier search used different data or a different evaluation.
     """
     trials: list[EarlierTrial] = []
     mistakes = []

