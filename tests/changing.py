@@ -64,7 +64,7 @@ def sections(section: BaseModel) -> Iterator[BaseModel]:
 
 
 def changes(section: BaseModel, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field's dotted name, and a copy of its section with a different, unvalidated value of the field."""
+    """Yield, for every field, its dotted name and a copy of `section` in which the field is changed (unvalidated)."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -86,7 +86,7 @@ def hashes(run: config.Run) -> dict[str, str]:
 
 
 def moved(monkeypatch: Any) -> dict[str, list[str]]:
-    """Return, for each field of a run file, the names of the hashes that change with the field."""
+    """Change each field of a run file; return, by field, the names of the hashes that the change alters."""
     for name in ("image_identity", "encoder_identity"):
         monkeypatch.setattr(paths, name, lambda tower: "")
     usual, table = hashes(RUN), {}

@@ -51,7 +51,7 @@ def problems(document: Any) -> list[str]:
 
 
 def is_literal(text: str) -> bool:
-    """Return whether a value is a secret itself, rather than a reference to where the secret is stored."""
+    """Return whether a value is a secret itself; otherwise it is the path of a file with the secret."""
     return not text.startswith(("~", "/"))
 
 

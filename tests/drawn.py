@@ -1,4 +1,4 @@
-"""Tiny runs of generative methods, and functions that start these runs in separate processes and kill them."""
+"""Tiny runs of generative methods; functions that start such a run in a separate process and kill the process."""
 
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ def phase_of(storage, number=0):
 
 
 def results(storage):
-    """Return the contents of all result files of the only run in a storage folder, without timings."""
+    """Return the contents of the result files, without timings; the storage folder must hold only one run."""
     storage = Path(storage)
     wanted = [
         p

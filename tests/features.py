@@ -11,7 +11,7 @@ def unit_rows(count, width, seed=0, dtype=np.float32):
 
 
 def herding(rows, k):
-    """Herding in float64: at every step, pick the row that brings the mean of the picks nearest to the mean of all."""
+    """Run herding in float64: each step picks the row that brings the mean of the picks nearest to the overall mean."""
     x, chosen = rows.astype(np.float64), []
     for t in range(1, k + 1):
         free = [i for i in range(len(x)) if i not in chosen]

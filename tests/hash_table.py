@@ -1,4 +1,4 @@
-"""Table of the hashes that change with each field of a run file, recorded before fields declared their hashes."""
+"""For each field of a run file, the hashes that change with it. Tests compare the declarations with this table."""
 
 MOVES = {
     "baseline ingest phases run store": """

@@ -1,4 +1,4 @@
-"""Start a Ray head node on this machine with the commands of `clusters/`, independent of other Ray processes."""
+"""Start a Ray head node on this machine with the commands of `clusters/`; other Ray processes are not affected."""
 
 import contextlib
 import os
@@ -104,7 +104,7 @@ def started(autoscaling: str | None = None, **flags: object) -> Iterator[Head]:
 
 
 def patiently(begin: Callable):
-    """Retry a test that starts Ray nodes, because a busy machine may exceed Ray's start limit of 30 seconds."""
+    """Call `begin`, which starts Ray nodes, up to six times: on a busy machine, a start may exceed Ray's 30 seconds."""
     for _ in range(5):
         with contextlib.suppress(Exception):
             return begin()

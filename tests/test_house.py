@@ -50,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
 LAZY_IMPORTS = 40
 """Largest number of imports of rmdd modules inside functions; such imports keep `import rmdd` and the CLI fast."""
 WHOLE_RUN = 60
-"""Largest number of functions outside `runs`, `cli` and the pipeline that take a complete `Run` as an argument."""
+"""At most this many functions may take a complete `Run`; those in `runs`, `cli` and the pipeline are not counted."""
 LINES = 450
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -221,11 +221,11 @@ def test_no_two_public_classes_share_a_name():
 
 
 FOREIGN_MESSAGES = {"rmdd.models.image", "rmdd.execution.ray.cluster", "rmdd.execution.ray.actors"}
-"""Modules that may recognise an error of timm or Ray by its text, because its class is too general."""
+"""Modules that may recognise errors of timm or Ray by their texts, because the error classes are too general."""
 
 
 def test_errors_are_distinguished_by_their_class():
-    """Errors must not be recognised by the name of their class or by words of their message."""
+    """The code must recognise errors by their class, not by the name of the class or by words of the message."""
     wrong = []
     for module, tree in MODULES.items():
         for node in (n for n in ast.walk(tree) if isinstance(n, ast.Compare)):

@@ -1,4 +1,4 @@
-"""Kill drivers, workers and nodes of Ray runs, resume, and compare with an undisturbed run without Ray."""
+"""Kill drivers, workers and nodes of Ray runs, resume the runs, and compare the results with a run without kills."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ class Nodes:
         return patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20))
 
     def kill(self, node) -> None:
-        """Kill a node as if its machine were switched off, and start another node in its place."""
+        """Kill a node abruptly, as if its machine were switched off, and start a new node."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
         self.nodes.append(self.add())

@@ -50,7 +50,7 @@ def changed(raw: Mapping[str, Any] = RUN, **changes: Any) -> dict[str, Any]:
 
 
 def stored(storage: Path | str, raw: Mapping[str, Any] = RUN, **sections: Any) -> dict[str, Any]:
-    """Return a copy of the run file that uses the folder `storage`, does not use Ray, and has the given `sections`."""
+    """Return a copy of the run file `raw` that stores in `storage`, without Ray; `sections` replace whole sections."""
     runtime = {"storage": str(storage), "ray": "off", "track": "none"}
     return copy.deepcopy({**raw, "runtime": runtime, **sections})
 

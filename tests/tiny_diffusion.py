@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion, DiT and caption models of public model classes, with random weights, saved to folders."""
+"""Save tiny Stable Diffusion, DiT and caption models with random weights; their model classes are public."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 
 def unet(seed=4):
-    """Return a denoiser of 16 x 16 x 4 latents that reads text embeddings of width 32."""
+    """Return a denoiser for latents of 16 x 16 x 4, with text embeddings of width 32 as conditions."""
     from diffusers import UNet2DConditionModel
 
     return seeded(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 D = 24
-"""Width of the joint space of the tiny CLIP and of the decoder that takes its image embeddings."""
+"""Joint width of the tiny CLIP; the decoder takes CLIP's image embeddings, so it has the same width."""
 TEXT = {
     "vocab_size": 514,
     "hidden_size": 32,
@@ -60,7 +60,7 @@ def clip_image_processor():
 
 
 def clip(folder, width=D, seed=0, licence=None):
-    """Save a CLIPModel with its processor in `folder`, and a model card if a licence is given; return the folder."""
+    """Save a tiny CLIP and its processor in `folder`; with a licence, also a model card. Return the folder."""
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=width)
@@ -106,7 +106,7 @@ def autoencoder(seed=3):
 
 
 def unet(classes=None, seed=4, **options):
-    """Return a denoiser of 8 x 8 x 4 latents with text embeddings of width 32 and class embeddings of `classes`."""
+    """Return a denoiser for latents of 8 x 8 x 4, with text embeddings of width 32; `classes` sets class embeddings."""
     from diffusers import UNet2DConditionModel
 
     if classes is not None:
@@ -161,7 +161,7 @@ def stable_unclip(folder, width=D, licence=None):
 
 
 def karlo(folder, width=32):
-    """Save the parts of a tiny UnCLIPImageVariationPipeline in subfolders of `folder`, as the Hugging Face hub does."""
+    """Save a tiny UnCLIPImageVariationPipeline: each model in a subfolder of `folder`, as on the Hugging Face hub."""
     from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip import UnCLIPImageVariationPipeline
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel

@@ -98,7 +98,7 @@ def first_set(kind="full", pairs=PAIRS, **similarity):
 
 
 def made(run, store, phase=0):
-    """Return run, model, store, initial set and matcher in float64, to compare a phase with a slow implementation."""
+    """Return all parts of a phase in float64 (model, store, initial set, matcher), for a slow second implementation."""
     model, similarity = encoder(run.model).double(), run.distill.similarity.model_dump(exclude={"clamp"})
     store = DoubleStore.open(store.path)
     return SimpleNamespace(

@@ -73,7 +73,7 @@ def die(item: Path, hooks: Hooks) -> bool:
 
 
 def exact(item: None, hooks: Hooks) -> bool:
-    """Check in float64 that the gradients of two ranks (3 and 2 pairs) add up to the gradient of the full batch."""
+    """Check in float64 that the gradients of two ranks, with 3 and 2 pairs, sum to the gradient of all 5 pairs."""
     group = worker_group.join_group(hooks.member, "ddp", CPU)
     model = expert_model(run_of().model, run_of().data.image_size, run_of().seed_of("experts"), 0, WIDTH).double()
     draw = torch.Generator().manual_seed(0)

@@ -16,9 +16,9 @@ class PhaseDiverged(FloatingPointError):
 
 
 def health_numbers(synthetic: Synthetic, loss: Float[Tensor, ""]) -> Float[Tensor, "4"]:
-    """Return four numbers, on the device of `synthetic`, that show whether a phase diverged: the sum of the loss and of
-    all tensors (finite only if all are), the inner learning rates of the image and the text tower, and the largest
-    diagonal entry of the similarity (1 if it is not learned)."""
+    """Return four numbers that show whether a phase diverged, on the device of `synthetic`. The first is the sum of the
+    loss and of all tensor entries, which is finite only if all of them are. Then come the inner learning rates of the
+    image and the text tower, and the largest diagonal entry of the similarity (1 if it is not learned)."""
     total = torch.stack([loss, *(t.sum() for t in synthetic.tensors().values())]).sum()
     return torch.stack([total, synthetic.lr_image, synthetic.lr_text, _diagonal(synthetic).amax()])
 
@@ -36,8 +36,8 @@ def _diagonal(synthetic: Synthetic) -> Tensor:
 def divergence_reason(numbers: list[float], first_rates: tuple[float, float], rule: config.Distill) -> str | None:
     """Return the reason why a phase diverged, or None if it did not.
 
-    `numbers` come from `health_numbers`; `first_rates` are the inner learning rates of the image and the text tower at
-    the start of the phase.
+    `numbers` is a result of `health_numbers`. `first_rates` are the inner learning rates of the image and the text
+    tower at the start of the phase.
     """
     total, *rates, diagonal = numbers
     max_growth = rule.guard.max_rate_growth

@@ -1,7 +1,7 @@
 """The distillation loop that all method families share: state on disk, outer step, rollbacks, snapshots and log.
 
-The state of a phase is one safetensors file that is written atomically, and every random draw depends only on the
-number of the iteration. A loop that was killed therefore resumes with bit-identical results.
+The state of a phase is one safetensors file, written atomically. Every random draw depends on the number of the
+iteration, not on earlier draws. A killed loop therefore resumes with bit-identical results.
 """
 
 import json
@@ -99,10 +99,10 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
     """Update every learnable tensor once, then its exponential moving average (PTM-ST, equation 7).
 
     `sgd` is SGD with momentum, as in the published methods. `normalised` (ours) first divides the gradient of each
-    tensor by its root mean square. An outer learning rate is then the step size per entry, and the rare huge gradients
-    of an unstable unroll count no more than ordinary gradients. With `normalised`, the inner learning rates are
-    multiplied by a factor, so they stay positive. As in the released code, the averages of the inner learning rates are
-    clamped too. For a low-rank similarity, the factors are averaged, not their product.
+    tensor by the gradient's root mean square. An outer learning rate is then the step size per entry, and the rare huge
+    gradients of an unstable student count no more than ordinary gradients. With `normalised`, a step multiplies the
+    inner learning rates by a factor, so they stay positive. The moving averages of the inner learning rates are clamped
+    too, as in the released code. For a low-rank similarity, the two factors are averaged, not their product.
     """
     rates = {"images": rule.lr_image, "texts": rule.lr_text, "lr_image": rule.lr_lr, "lr_text": rule.lr_lr}
     rates = {name: rates.get(name, rule.lr_similarity) / 2**state.halvings for name in gradient.tensors()}
@@ -131,7 +131,7 @@ def outer_step(state: State, gradient: Synthetic, rule: config.Distill) -> State
 
 
 def finished(folder: Path, total: int) -> bool:
-    """Return whether the phase in `folder` has done all `total` updates and saved the set after the last update."""
+    """Return whether the phase in `folder` is finished: all `total` updates are done and the final set is saved."""
     checkpoint = folder / "state.safetensors"
     if not checkpoint.is_file() or not (folder / f"set-{total:06d}.safetensors").is_file():
         return False
@@ -202,10 +202,10 @@ def run_phase(
     """Distil one phase into `folder`, resuming from its last checkpoint if any. Returns whether the phase finished.
 
     `key` is the hash of the run; a checkpoint with a different key raises a `ValueError`. `open_stepper` gets the
-    initial set of the phase and returns a `Stepper`. Files written: `state.safetensors` at every checkpoint,
-    `good.safetensors` every `guard.every` iterations, `metrics.jsonl` with one line per iteration, `rollbacks.jsonl`
-    with one line per rollback, and for every snapshot `set-<iteration>.safetensors`, converted by `exported`. Raises
-    `PhaseDiverged` after too many rollbacks; the last good state is then on disk.
+    initial set of the phase and returns a `Stepper`. The loop writes `state.safetensors` at every checkpoint,
+    `good.safetensors` every `guard.every` iterations, a line of `metrics.jsonl` per iteration and a line of
+    `rollbacks.jsonl` per rollback. For every snapshot, it writes the set, converted by `exported`, to
+    `set-<iteration>.safetensors`. Raises `PhaseDiverged` after too many rollbacks; the last good state is on disk.
     """
     total = rule.phases[phase].iterations
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"

@@ -20,7 +20,7 @@ from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
-# Synthetic images that start from noise have these means and standard deviations (of real pixels) in each channel.
+# Mean and standard deviation of real pixels in each channel; synthetic images that start from noise have the same.
 NOISE_PIXEL_MEAN, NOISE_PIXEL_STD = (-0.0626, -0.0221, 0.0680), (1.0451, 1.0752, 1.0539)
 
 
@@ -65,9 +65,9 @@ def draw(
 ) -> Draw:
     """Return the random choices of one outer iteration; they depend only on the seed, the phase and the iteration.
 
-    All `experts` are drawn once in shuffled order, then all again in a new order. Start epochs are uniform over the
-    half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real numbers if
-    `real`. Both towers share one start epoch, or each tower has its own if `apart`.
+    Each of the `experts` is drawn once, in shuffled order; then all are drawn again in a new order. Start epochs are
+    uniform over the half-open `ranges` of the two towers (default: the ranges of the phase). They are integers, or real
+    numbers if `real`. Both towers share one start epoch; if `apart`, each tower has its own.
     """
     plan = rule.phases[phase]
     ranges = plan.ranges if ranges is None else ranges
@@ -102,8 +102,8 @@ def mini_batches(
 ) -> Int[Tensor, "K B"]:
     """Return mini-batches cut from a permutation of the pairs.
 
-    When too few pairs remain for a batch, they are dropped and a new permutation is drawn. With `independent`, every
-    batch is drawn from all pairs (MTT-VL). A batch is never larger than the number of pairs.
+    When too few pairs remain for a batch, they are dropped and a new permutation is drawn. With `independent` (MTT-VL),
+    the batches are drawn independently, each from all pairs. A batch is never larger than the number of pairs.
     """
     if independent:
         return torch.stack([torch.randperm(pairs, generator=random)[:batch] for _ in range(steps)])
@@ -148,7 +148,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
 def _pixels(
     train: PreparedSplit, records: list[int], data: config.Data, augmentation: config.Augment | None, seed: int
 ) -> Tensor:
-    """Return images of caption records as uint8 (M,3,S,S), resized to a square or augmented as in expert training."""
+    """Return the images of caption records, uint8 (M,3,S,S): augmented if `augmentation` is given, else resized."""
     image_rows = train.split.image_of[records]
     if augmentation is None:
         return torch.from_numpy(train.split.some_images(image_rows))

@@ -1,7 +1,8 @@
 """Read and write the tensors of synthetic sets: the set of one phase, or all subsets of a distilled set.
 
-Tensor names begin with the number of the subset: `0.images`, `0.texts`, `0.similarity.matrix` (or `.scale`, `.left` and
-`.right`, or none of them), `0.lr_image`, `0.lr_text`. The file's metadata holds `alpha`, one number per subset.
+Tensor names begin with the number of the subset: `0.images`, `0.texts`, `0.lr_image`, `0.lr_text`. A full similarity is
+`0.similarity.matrix`; a low-rank one is `0.similarity.scale`, `.left` and `.right`; the identity is not stored. The
+metadata of the file hold `alpha`, one number per subset.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ def write_subsets(path: Path, subsets: Sequence[Mapping[str, Tensor]], alpha: Se
 
 
 def name_by_content(subsets: Sequence[Mapping[str, Tensor]], alpha: Sequence[float]) -> str:
-    """Return a file name made of a hash of the tensors, so equal tensors get the same name."""
+    """Return a file name that contains a hash of the tensors; equal tensors get the same name."""
     named = {name: t.detach().cpu().contiguous() for name, t in _named(subsets).items()}
     return checksum(named, {"alpha": list(alpha)})[:16] + ".safetensors"
 

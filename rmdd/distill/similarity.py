@@ -1,7 +1,7 @@
 """The learned target similarity of M pairs: a full matrix, a low-rank form, or the fixed identity.
 
-Symbols: M pairs, B of them in a batch, R rank. Rows are images and columns are texts. The matrix need not be symmetric,
-and its entries are not bounded. Optimisers, checkpoints and distilled sets use the tensor names of this module.
+Symbols: M pairs, B of them in a batch, R rank. Rows of the matrix are images and columns are texts. The matrix need not
+be symmetric, and its entries are unbounded. Optimisers, checkpoints and distilled sets use this module's tensor names.
 """
 
 import torch
@@ -25,7 +25,7 @@ def initial(rule: config.Similarity, pairs: int, generator: torch.Generator) -> 
 
 
 def per_pair(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the similarity `tensors` with one diagonal value (omega) per pair, as a distilled set stores them."""
+    """Return the similarity `tensors` with `scale` expanded to one value (omega) per pair, as in distilled sets."""
     if "scale" not in tensors:
         return tensors
     return tensors | {"scale": tensors["scale"].expand(tensors["left"].shape[0]).contiguous()}
@@ -37,7 +37,7 @@ def gather(tensors: dict[str, Tensor], index: Int[Tensor, " B"]) -> dict[str, Te
 
 
 def scatter_add(total: dict[str, Tensor], index: Int[Tensor, " B"], parts: dict[str, Tensor]) -> None:
-    """Add the similarity gradients `parts` of a mini-batch to `total` in place, at the entries that `gather` reads."""
+    """Add `parts`, the similarity gradients of a mini-batch, to the entries of `total` for the pairs at `index`."""
     for name, part in parts.items():
         if name == "matrix":
             total[name].index_put_((index[:, None], index[None, :]), part, accumulate=True)

@@ -32,8 +32,8 @@ def prototypes(
 ) -> list[int]:
     """Return the caption records nearest to `pairs` k-means centres of concatenated image and text embeddings.
 
-    The image tower of `model` (on `device`) computes the image embeddings. Unlike AMD, we scale both embeddings to unit
-    length, so neither outweighs the other, and use mini-batch k-means, because COCO is large.
+    The image tower of `model` (on `device`) computes the image embeddings. There are two differences from AMD. Both
+    embeddings are scaled to unit length, so they have equal weight. Mini-batch k-means is used, because COCO is large.
     """
     from sklearn.cluster import MiniBatchKMeans
 

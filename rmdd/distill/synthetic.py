@@ -60,7 +60,8 @@ def zeros_like(synthetic: Synthetic) -> Synthetic:
 def enlarged(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:
     """Enlarge images to `size` x `size` by bilinear interpolation; images of that size are returned unchanged.
 
-    Smaller stored images are cheaper, so a budget holds more of them (multi-formation of Kim et al., ICML 2022).
+    Images stored at a smaller size cost less of the budget, so a set can have more pairs (multi-formation of Kim et
+    al., ICML 2022).
     """
     if images.shape[-1] == size:
         return images

@@ -2,16 +2,16 @@
 
 Symbols: M synthetic pairs, B of them in a mini-batch, K inner steps, F text width, H W image size, P parameters.
 
-A student takes K plain SGD steps on synthetic mini-batches. The miss is its distance to the expert's target after
-these steps. The gradient of the miss with respect to all learnable tensors is computed backwards, step by step, with
-the graph of one step in memory. With lambda = d miss / d theta_K and, per step, q = -<eta lambda, grad_theta
-loss(theta_i)>:
+A student takes K plain SGD steps on synthetic mini-batches. The miss is the distance from its parameters after these
+steps to the expert's target. The gradient of the miss with respect to all learnable tensors is computed backwards, step
+by step, with the graph of one step in memory. The first value of lambda is d miss / d theta_K. For every step i, with
+gradient g_i and learning rate eta, q = -<eta lambda, grad_theta loss(theta_i)> and
 
     d eta -= <lambda, g_i>        d batch, d similarity += dq        exact only: lambda += dq / d theta_i
 
-Without the last line, this is the estimator of TESLA, LoRS, RepBlend and PTM-ST (`first_order`). All theta_i are
-stored. Recomputing theta_i from theta_i+1 would round differently, which can flip a ReLU whose input is exactly zero,
-for example after a normalisation layer that starts at zero.
+TESLA, LoRS, RepBlend and PTM-ST leave lambda unchanged (`first_order`). All theta_i are stored. A theta_i recomputed
+from theta_i+1 would be rounded differently. This can flip a ReLU whose input is exactly zero, for example after a
+normalisation layer that starts at zero.
 """
 
 import functools
@@ -45,27 +45,27 @@ class Engine:
     """Speed and memory options of the meta-gradient; only `bfloat16` changes the gradient by more than rounding."""
 
     second_pass: Literal["forward", "reverse"] = "reverse"
-    """How the second pass differentiates twice: in reverse mode, or reverse over forward mode; the latter skips weight
+    """How the second pass differentiates twice: in reverse mode, or in reverse over forward mode, which skips weight
     gradients that are not needed. Some torch operations have a forward mode that cannot be differentiated again; check
     with `forward_suits` first."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number type of the student's matrix products only; everything else has the number type of the parameters."""
     trajectory: Literal["device", "cpu", "recompute"] = "device"
-    """Where the K parameter vectors are stored until the second pass; `recompute` stores only about 2 sqrt(K) of them
+    """Where the K parameter vectors are stored until the second pass. `recompute` stores only about 2 sqrt(K) vectors
     and computes most steps of the first pass twice."""
     reuse: int = 0
-    """Number of steps, counted from the last, whose autograd graph is kept for the second pass (with `recompute`, only
-    steps after the last stored vector). Each of these steps uses reverse mode and needs about 2/9 less arithmetic, but
-    every step beyond the first keeps one more graph in memory."""
+    """Number of last steps whose autograd graphs are kept for the second pass. With `recompute`, only steps after the
+    last stored vector keep a graph. A step with a kept graph uses reverse mode and needs about 2/9 less arithmetic; its
+    graph occupies memory."""
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """The distance to the target (miss) after K steps, and its gradient with respect to every learnable tensor."""
+    """The miss (distance to the target after K steps), and its gradient with respect to every learnable tensor."""
 
     loss: Float[Tensor, ""]
     miss: dict[str, Float[Tensor, ""]]
-    """Squared distance to the target after K steps, divided by the squared distance at the start, for each tower."""
+    """For each tower, the squared distance to the target after K steps, divided by the one before the first step."""
     gradient: Synthetic
     student_loss: Float[Tensor, ""]
     """Loss of the student in its first inner step."""
@@ -82,11 +82,11 @@ def meta_gradient(
     branches: Literal["separate", "merged"] = "separate",
     engine: Engine = Engine(),
 ) -> MetaGradient:
-    """Train a student from `start` on `synthetic` for K steps, and differentiate its miss (distance to `target`).
+    """Train a student from `start` on `synthetic` for K steps, and differentiate its distance to `target` (the miss).
 
-    Memory: a few more than K parameter sets, and the graph of one step. `student_loss` must return the same value for
-    the same step in both passes, so dropout has to be seeded by step. Raises `ValueError` when start and target are
-    equal in a tower.
+    The memory holds a few more than K copies of the parameters, and the graph of one step. `student_loss` must return
+    the same value for a step in both passes, so dropout has to be seeded by step. Raises `ValueError` when start and
+    target are equal in a tower.
     """
     layout = _Layout.of(start)
     begin, goal = layout.listed(start), layout.listed(target)
@@ -137,7 +137,7 @@ Vector = list[Tensor]
 
 @dataclass(frozen=True)
 class _Layout:
-    """Order of the parameters in a `Vector`, and the slice of the list that belongs to each tower."""
+    """The names of the parameters in the order of a `Vector`, and the slice of the `Vector` that each tower has."""
 
     names: tuple[str, ...]
     towers: dict[str, slice]
@@ -162,7 +162,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The gradient of the loss of one step with its autograd graph, so it can be differentiated again."""
+    """The loss gradient of one step, with its autograd graph, so that the gradient can be differentiated again."""
 
     pairs: dict[str, Tensor]
     leaves: Vector
@@ -197,8 +197,8 @@ class _Passes:
     def second(self, theta: Vector, along: Vector, step: int, exact: bool, graph: _Graph | None = None) -> _Second:
         """Differentiate <along, grad_theta loss> with respect to the pairs and, if `exact`, to theta.
 
-        Also returns the gradient g of the step in reverse mode (an empty list in forward mode). `graph` is the graph of
-        the first pass, or None if it was not kept."""
+        Also returns the gradient g of the step in reverse mode, or an empty list in forward mode. `graph` is the step's
+        graph from the first pass, or None if that graph was not kept."""
         if self.mode == "forward" and graph is None:
             return self.by_forward(theta, along, step, exact)
         return self.by_reverse(theta, along, step, exact, graph)

@@ -1,9 +1,9 @@
 """The training data of an expert: the caption records of an epoch in order, and the pixels of their images.
 
-Symbols: N images, T caption records, B of them in a batch, S pixels on a side. If the images fit `runtime.cache_gb`,
-they come from a cache file that all workers of a node memory-map. Otherwise they are read from the shards in every
-epoch, one window of pairs at a time. Order and pixels depend only on (seed, expert, epoch, record), so cached and
-streamed data are bit-identical, in any process.
+Symbols: N images, T caption records, B of them in a batch, S pixels on a side. If all images fit `runtime.cache_gb`,
+they are read from a cache file that all workers of a node memory-map. Otherwise the images are read from the shards in
+every epoch, one window of pairs at a time. Order and pixels depend only on seed, expert, epoch and caption record, so
+cached and streamed data are bit-identical in every process.
 """
 
 import functools
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Dataset:
 
 
 def order(rule: config.Shuffle, image_of: np.ndarray, key: Key) -> tuple[np.ndarray, list[int]]:
-    """Return the shuffled caption records of an epoch, int64 (T,), and the positions at which shuffle windows begin."""
+    """Return the caption records of an epoch in shuffled order, int64 (T,), and the first position of each window."""
     if rule.kind == "global":
         records = torch.randperm(len(image_of), generator=generator(key[0], "expert order", *key[1:])).numpy()
         return records, list(range(0, len(records), rule.pairs))
@@ -134,7 +134,7 @@ def fits(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> b
 
 
 def prepare(prepared: PreparedSplit, augment: config.Augment, cache_gb: float) -> None:
-    """Write the experts' image cache in advance, if the images fit it, so that not every worker writes it."""
+    """Write the image cache before the experts start, if the images fit it; otherwise every worker would write it."""
     if fits(prepared, augment, cache_gb) and augment.active:
         prepared.split.encoded(0)
     elif fits(prepared, augment, cache_gb):

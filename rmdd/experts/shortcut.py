@@ -1,9 +1,9 @@
 """Paths through an expert's trajectory, on which a student's start and target lie.
 
-A *layer* is one parameter tensor. With s_l(t) the length of layer l's step in epoch t, a shortcut to endpoint E is
-theta_l(t) = (1 - beta_l(t)) theta_l(0) + beta_l(t) theta_l(E), where beta_l(t) is the share of its path length that
-layer l had covered by epoch t (PTM-ST, equations 4-5). Each layer moves on a straight line, at the speed of the expert.
-The joint path of all layers is not straight, because the layers move at different speeds.
+A *layer* is one parameter tensor. In a shortcut to endpoint E, layer l is at
+theta_l(t) = (1 - beta_l(t)) theta_l(0) + beta_l(t) theta_l(E) in epoch t. The share beta_l(t) is the length of the
+expert's path of layer l up to epoch t, divided by the length up to E (PTM-ST, equations 4-5). So each layer moves on a
+straight line. The joint path of all layers is not straight, because the layers move at different speeds.
 """
 
 import functools
@@ -19,7 +19,7 @@ from rmdd.experts.store import Store
 from rmdd.models.dual import Params
 
 CACHED = 4
-"""Number of checkpoints of a trajectory kept in memory (the most recently used), because start epochs repeat."""
+"""Number of recently used checkpoints of a trajectory that are kept in memory, because start epochs repeat."""
 
 
 @runtime_checkable
@@ -86,7 +86,7 @@ class AnchoredPath:
 
 
 class ArcPositions(list[float]):
-    """The shares beta(0), ..., beta(E) of the path of a layer, and the total length of this path."""
+    """The list beta(0), ..., beta(E) of one layer: the share of its path that each epoch has reached."""
 
     def __init__(self, beta: list[float], total: float):
         super().__init__(beta)
@@ -100,10 +100,10 @@ class ArcPositions(list[float]):
 
 
 def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
-    """Return the cumulative share of the path length after each epoch: beta(0) = 0 and beta(E) = 1, float64.
+    """Return the share beta of the path length covered by the end of each epoch, from beta(0) = 0 to beta(E) = 1.
 
-    A layer with norm `size` counts as not moved, with beta = 0 everywhere, if its path is shorter than the float32
-    rounding error of the norm.
+    If the path is shorter than the float32 rounding error of `size`, the layer's norm, the layer counts as not moved,
+    and all shares are 0. The shares are in float64.
     """
     distance = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)])
     total = float(distance[-1])
@@ -113,8 +113,8 @@ def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
 
 
 def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) -> Path:
-    """Open the path of one expert: as trained (`original`), the shortcut to `endpoint`, or `convexified`, which is
-    the shortcut to the last epoch. Raises `ValueError` when the endpoint lies after the last epoch of the store."""
+    """Open the path of one expert: `original` (as trained), `shortcut` (to `endpoint`), or `convexified` (the shortcut
+    to the last epoch). Raises `ValueError` when the endpoint lies after the last epoch of the store."""
     if rule.trajectory == "original":
         return OriginalPath(store, expert)
     last = store.epochs if rule.trajectory == "convexified" else endpoint

@@ -7,8 +7,8 @@
     expert-003/forgetting.safetensors  counts of forgetting events, if experts.forgetting is set
     expert-003/running.safetensors  the last finished epoch of an expert in training
 
-Every file is written under a temporary name and renamed. Reading a checkpoint opens only its own file and, if the
-store shares epoch 0 or saves differences from it, the file of epoch 0.
+Every file is written under a temporary name and then renamed. To read a checkpoint, only its file is opened, and the
+file of epoch 0 if the experts share epoch 0 or if the store saves differences from epoch 0.
 """
 
 import json
@@ -55,9 +55,9 @@ class Store:
     ) -> "Store":
         """Create a store, or open the existing one if it has the same description.
 
-        `shared` are the epoch-0 parameters that all experts have in common. `keep` are the epochs to keep (None: all).
-        `facts` are added to `store.json` (protocol, encoders, hashes). Raises `ValueError` when the store at `path` has
-        a different description.
+        `shared` are the epoch-0 parameters that all experts have in common. `keep` lists the epochs to keep; None keeps
+        all. `facts` (protocol, encoders, hashes) are added to `store.json`. Raises `ValueError` when the store at
+        `path` has a different description.
         """
         spec = {
             "schema_version": SCHEMA,
@@ -200,7 +200,7 @@ class Store:
             raise _damaged(path, error) from error
 
     def _check(self, path: Path) -> None:
-        """Check the SHA-256 of a finished expert's file before its first use, if the expert's record lists one."""
+        """Check the SHA-256 of a file before its first use, if the `expert.json` of a finished expert lists it."""
         if path in self._checked or not (path.parent / "expert.json").is_file():
             return
         listed = self._files(int(path.parent.name.removeprefix("expert-"))).get(path.name)

@@ -1,8 +1,8 @@
 """Train one expert and record its trajectory (the teacher protocol of MTT-VL, LoRS and PTM-ST).
 
-An epoch visits every caption record once in shuffled order and drops the last short batch. The loss is InfoNCE with
-identity targets, and the optimiser is plain SGD. Two captions of the same image in a batch count as negatives of each
-other, as in the papers.
+An epoch visits the caption records once, in shuffled order; a shorter last batch is dropped. The loss is InfoNCE with
+identity targets, and the optimiser is plain SGD. As in the papers, two captions of the same image in a batch count as
+negatives of each other.
 """
 
 from collections.abc import Callable, Iterator
@@ -117,7 +117,7 @@ def train_expert(
     """Train an expert until it is complete or `should_stop` returns true; return whether it is complete.
 
     Training resumes after the last finished epoch; an unfinished epoch is repeated. `score` computes the val R@mean of
-    a model on `device`. In a group, every worker calls this function, and only the leader reads and writes the store.
+    a model on `device`. In a group of workers, all workers call this function, but only the leader uses the store.
     """
     group, rule = group or TrainingGroup(), run.experts
     if group.from_leader(int(store.is_complete(expert))):
@@ -172,7 +172,7 @@ class ForgettingCounter:
 
     @classmethod
     def of(cls, rule: config.Experts, seed: int, train: PreparedSplit, earlier: Params) -> "ForgettingCounter":
-        """Return a counter that continues from the saved counts `earlier`, or from zero if `earlier` is empty."""
+        """Return a counter that starts with the saved counts `earlier`, or with zeros if `earlier` is empty."""
         records = len(train.split.image_of)
         pool = forgetting.pool_of(train.split.image_of, rule.forgetting, seed)
         facts = {"pool": len(pool), "epochs": rule.epochs, "records": records}

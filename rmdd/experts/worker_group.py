@@ -1,9 +1,9 @@
 """Several workers that train one expert together: DDP, or DeepSpeed's ZeRO if the towers do not fit on one worker.
 
-Symbols: B pairs in a batch, b of them on this worker (rank), D joint width. Every rank embeds its part of the batch.
-All ranks gather the embeddings and compute the loss of the full batch, so each pair is compared with all B - 1
-negatives. Each rank differentiates through its own part only. The sum of these gradients equals that of a single
-worker, up to rounding and to dropout (each rank draws its own masks). Only the first rank reads and writes the store.
+Symbols: B pairs in a batch, b of them on this worker (rank), D joint width. Every rank embeds its b pairs. All ranks
+gather the B embeddings and compute the loss of the full batch, so each pair is compared with all B - 1 negatives. Each
+rank differentiates only through its b pairs. The gradients of all ranks add up to the gradient of a single worker,
+apart from rounding and from dropout masks, which each rank draws itself. Only the first rank uses the store.
 """
 
 import os
@@ -54,7 +54,7 @@ class ProcessGroup(TrainingGroup):
 
 
 class Towers(nn.Module):
-    """A module that computes image and text embeddings in one forward call, because DDP and DeepSpeed require this."""
+    """A module that embeds images and texts in one forward call; DDP and DeepSpeed require a single call per step."""
 
     def __init__(self, model: DualEncoder):
         super().__init__()
@@ -173,10 +173,10 @@ def join_group(member: GroupMember, strategy: str, device: torch.device) -> Proc
 
 
 def run_in_processes(task: Callable[[Any, Hooks], bool], item: Any, hooks: Hooks, size: int, threads: int) -> bool:
-    """Run `task(item, hooks)` in `size` processes of this machine, without Ray; return whether all completed it.
+    """Run `task(item, hooks)` in `size` processes (ranks) on this machine; return whether all ranks completed the task.
 
-    If one rank fails, the others are ended. Raises `ValueError` if a rank raised one, else `RuntimeError` with the
-    error of the first failed rank.
+    If a rank fails, the other ranks are ended. Raises `ValueError` if a rank raised a `ValueError`, otherwise
+    `RuntimeError` with the error of the first failed rank.
     """
     context = torch.multiprocessing.get_context("spawn")
     addresses, messages, stop = context.Queue(), context.Queue(), context.Event()

@@ -17,7 +17,7 @@ BAD = 5
 
 
 def guarded(kind="full", **change):
-    """Return a run that checks for divergence, with one student step and fresh dropout masks, so it is fast."""
+    """Return a run that checks for divergence. It is fast, because its students take only one step."""
     change = {"steps": 1, "inner_dropout": "fresh_mask"} | change
     guard = {"every": 2, "retries": 3} | change.pop("guard", {})
     return run_of(guard=guard, similarity={"kind": kind, "rank": 2}, **change)

@@ -82,8 +82,8 @@ def whole_similarity(synthetic):
 
 
 def unrolled(loss, start, target, synthetic, batches, *, estimator, branches="separate"):
-    """Return the miss after K steps and its gradients. For `first_order`, each step's gradient is taken at detached
-    parameters, and only the sum of the steps stays in the graph."""
+    """Return the miss after K steps and the gradients of the miss, computed by autograd through all steps. With
+    `first_order`, every step takes its gradient at detached parameters."""
     leaf = synthetic.map(lambda t: t.clone().requires_grad_())
     rate = {"image": leaf.lr_image, "text": leaf.lr_text}
     similarity = whole_similarity(leaf)
@@ -160,7 +160,7 @@ def test_equals_the_full_unroll_through_a_timm_tower(name, estimator):
 
 
 def test_the_gradient_equals_finite_differences():
-    """Compare the gradient with central differences of the miss along a random direction over all learnable tensors."""
+    """Move all learnable tensors in one random direction; compare central differences of the miss with the gradient."""
     model = encoder()
     start, target, synthetic, batches = problem(model)
     compute = loss_of(model, len(batches), loss="infonce")

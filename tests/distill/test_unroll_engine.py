@@ -1,4 +1,4 @@
-"""Compare every option of the meta-gradient engine with the full unroll, and check the fall-back to reverse mode."""
+"""Compare the gradients of all engine options with autograd through all steps; test the fall-back to reverse mode."""
 
 import itertools
 

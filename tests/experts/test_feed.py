@@ -1,4 +1,4 @@
-"""Check the order of the caption records in an epoch, and that cached and streamed images are equal."""
+"""Check in which order an epoch visits the caption records, and that cached and streamed images are equal."""
 
 import numpy as np
 import pytest

@@ -4,9 +4,9 @@
     Chf(t)    = w_a (|Phi_r| - |Phi_s|)^2 + w_p 2 (|Phi_r||Phi_s| - Re_r Re_s - Im_r Im_s)
     NCFD(r,s) = mean over t of sqrt(Chf(t))
 
-According to the paper, the first term measures diversity and the second realism. If w_a = w_p = w, then Chf(t) is
-w |Phi_r - Phi_s|^2. The code then uses this form, because the modulus |Phi| has no derivative at zero. Symbols: n real
-and m synthetic rows, D features, T frequencies.
+The set r is real, the set s synthetic. According to the paper, the first term of Chf measures diversity and the second
+realism. If w_a = w_p = w, then Chf(t) = w |Phi_r - Phi_s|^2. The code then uses this formula, because |Phi| has no
+derivative at zero. Symbols: n real and m synthetic rows, D features, T frequencies.
 """
 
 from typing import Literal
@@ -53,10 +53,10 @@ def terms(a: Float[Tensor, "T 2"], b: Float[Tensor, "T 2"]) -> tuple[Float[Tenso
 class FrequencyNet(nn.Module):
     """The frequency network psi: maps rows drawn from N(0, I) to frequencies.
 
-    The network has three normalised linear layers, followed by LeakyReLU(0.2), LeakyReLU(0.2) and tanh. Each output row
-    gives `REPEATS` frequencies: fresh normal noise, multiplied coordinate by coordinate by the row. With `repeat`, as
-    in the released code, all these frequencies equal the row itself. Because tanh bounds the rows, high frequencies
-    cannot be reached, unless `learned_scale` multiplies all frequencies by one learned factor.
+    The network has three normalised linear layers. LeakyReLU(0.2) follows the first two layers, tanh the last. Each
+    output row is multiplied, coordinate by coordinate, by fresh normal noise; this gives `REPEATS` frequencies per row.
+    With `repeat`, as in the released code, all these frequencies equal the row itself. Because tanh bounds the rows,
+    high frequencies cannot be reached. `learned_scale` removes this bound: a learned factor multiplies all frequencies.
     """
 
     def __init__(self, width: int, norm: Norm, *, repeat: bool = False, learned_scale: bool = False):

@@ -1,8 +1,8 @@
-"""Compute the exact gradient of a loss over the features of all pairs, with the graph of only one chunk in memory.
+"""Compute the exact gradient of a loss that depends on all pairs, with the graph of one chunk of pairs in memory.
 
 First, all features are computed without an autograd graph, and the loss is differentiated with respect to the features.
-Then each chunk is encoded again, with a graph, to carry its part of the gradient back to images and texts. The features
-of a pair must not depend on the other pairs in the chunk, so encoders must not use batch statistics.
+Then each chunk is encoded again, with a graph, and its feature gradients are propagated to its images and texts. The
+features of a pair must not depend on the other pairs in the chunk, so encoders must not use batch statistics.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def gradient_in_chunks(
     loss_of: LossOf,
     chunk: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the gradients of the loss with respect to `images` and `texts`, and the detached terms of the loss."""
+    """Return the gradients of the loss with respect to `images` and `texts`, and the values of the loss terms."""
     pieces = list(zip(images.split(chunk), texts.split(chunk), strict=True))
     if len(pieces) == 1:
         leaves = [t.detach().requires_grad_() for t in pieces[0]]

@@ -1,7 +1,7 @@
 """Divide pairs into clusters, which replace the classes of NCFM, and choose the initial pairs of each cluster.
 
-Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. The size of a cluster is its
-number of distinct images, not of records, because the captions of one image could fill a cluster.
+Symbols: R caption records, D joint features, C clusters, ipc pairs per cluster. The size of a cluster is the number of
+its distinct images. Caption records are not counted, because the captions of a single image could fill a cluster.
 """
 
 from typing import Literal
@@ -49,7 +49,7 @@ def balanced(
 ) -> Labels:
     """Return balanced cluster numbers: each cluster has at least `ipc` images.
 
-    A cluster that is too small is merged into the nearest one, and the largest cluster is split into two.
+    A cluster with fewer images is merged into the nearest cluster, and the largest cluster is split into two.
     """
     labels = labels.copy()
     sizes = np.array([len(np.unique(image_of[labels == c])) for c in range(clusters)])

@@ -1,9 +1,9 @@
 """The cross-covariance of image and text features, and the losses that CovMatch (arXiv 2510.18583) computes from it.
 
-With linear heads G on frozen features, the contrastive loss depends on the data only through the cross-covariance C.
-With P = G_v^T G_l, the loss is -<C, P> + rho/2 ||P||^2, with its minimum at P = C / rho. Heads trained on the synthetic
-pairs reach C_S / rho; CovMatch makes C_S / rho equal to C_T, the cross-covariance of the real pairs. Symbols: n pairs,
-V and L widths of image and text features, K joint width.
+If the towers are frozen and linear heads G_v and G_l are trained on their features, the contrastive loss depends on the
+data only through the cross-covariance C. With P = G_v^T G_l, this loss is -<C, P> + rho/2 ||P||^2. The loss has its
+minimum at P = C / rho, so heads trained on the synthetic pairs reach C_S / rho. CovMatch makes C_S / rho equal to
+C_T, the cross-covariance of the real pairs. Symbols: n pairs, V and L widths of image and text features, K joint width.
 """
 
 from jaxtyping import Float
@@ -26,7 +26,7 @@ def linear_contrast(
 
 
 def covariance_loss(real: Float[Tensor, "V L"], synthetic: Float[Tensor, "V L"], rho: float) -> Float[Tensor, ""]:
-    """Return || rho C_T - C_S ||_F^2, where C_T is the cross-covariance of real, C_S that of synthetic pairs."""
+    """Return || rho C_T - C_S ||_F^2; C_T is the cross-covariance of the real pairs, C_S of the synthetic pairs."""
     return (rho * real - synthetic).square().sum()
 
 

@@ -1,7 +1,7 @@
 """Initial pairs of MDM: the real pairs nearest to the k-means centres of joint image-text embeddings.
 
-Symbols: N caption records, n of them clustered, K clusters, I images, D joint width, W width of an embedding row (2 D
-if image and text embeddings are concatenated, else D).
+Symbols: N caption records, n of them clustered, K clusters, I images, D joint width, W width of an embedding row.
+W is 2 D if image and text embeddings are concatenated, otherwise D.
 """
 
 from collections.abc import Iterator
@@ -93,10 +93,10 @@ def centres(points: Float[Tensor, "n W"], k: int, random: torch.Generator) -> Fl
 
 
 def nearest_pairs(embedded: Embedded, k: int, random: torch.Generator) -> list[int]:
-    """Return, for each cluster, the caption record with the largest cosine to the cluster's centre.
+    """Return one caption record per cluster: the unused record with the largest cosine to the cluster's centre.
 
-    The record is a member of the cluster, unless the images of all members are used already. No record is returned
-    twice, and no image is used twice while unused images remain.
+    The record is chosen from the members of the cluster; if other clusters already use the images of all members, it is
+    chosen from all records. No record is returned twice. An image is used twice only if no unused image remains.
     """
     total = len(embedded)
     drawn = np.sort(torch.randperm(total, generator=random)[: max(SAMPLE, 4 * k)].numpy())
@@ -129,6 +129,6 @@ def nearest_pairs(embedded: Embedded, k: int, random: torch.Generator) -> list[i
 
 
 def _assigned(embedded: Embedded, centre: Float[Tensor, "K W"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return the index of the nearest centre of every record, and the cosine of the record to that centre."""
+    """Return, for each caption record, the index of its nearest centre and its cosine to this centre."""
     best = [(rows @ centre.T).max(dim=1) for _, rows in embedded.blocks()]
     return torch.cat([b.indices for b in best]).cpu(), torch.cat([b.values for b in best]).cpu()

@@ -1,4 +1,4 @@
-"""Convert a trained module and its optimiser state to named tensors for a checkpoint, and restore them."""
+"""Convert a trained module and its optimiser state to named tensors for a checkpoint, and back."""
 
 import torch
 from torch import Tensor, nn

@@ -1,8 +1,9 @@
 """The distribution-matching loop of one phase: draw, compare features, average gradients, clip, update, checkpoint.
 
-A step trains no student: it uses the gradient of a loss between the features of real and synthetic pairs under a
-teacher. A step averages the gradients of several random draws. Of `size` workers, worker (rank) k computes draws
-k, k + size, ... The average is taken in the order of the draws, so any number of workers gives bit-identical results.
+A step trains no student. A teacher computes features of real and of synthetic pairs, and the step follows the gradient
+of a loss that compares both. The gradient is averaged over several random draws. With `size` workers, worker (rank) k
+computes the draws k, k + size, ... The average is taken in the order of the draws, so results are bit-identical for any
+number of workers.
 """
 
 from collections.abc import Callable
@@ -31,9 +32,10 @@ class Objective(Protocol):
     """The loss that a step minimises. The random choices of the loss depend only on the iteration and the draw."""
 
     def gradient(self, synthetic: Synthetic, iteration: int, draw: int) -> tuple[Synthetic, dict[str, float]]:
-        """Return the gradient of the loss of one draw for every tensor of the set; also return the loss and its parts.
+        """Compute the loss of one draw; return its gradient for every tensor of the set, and the loss terms by name.
 
-        If the parts include `pace`, equal in all draws of a step, it multiplies the learning rates of images and texts.
+        One term may be called `pace`: the step multiplies the learning rates of images and texts by this number, which
+        must be the same in all draws of a step.
         """
         ...
 
@@ -87,7 +89,7 @@ class Rank:
         self.device, self.draws = device, range(rank, method.options.draws, size)
 
     def gradient(self, synthetic: Synthetic, iteration: int) -> list[tuple[Synthetic, LossParts]]:
-        """Return gradients and loss terms of the random draws that this worker computes, in the order of the draws."""
+        """Compute this worker's random draws of a step; return the gradient and loss terms of each draw, in order."""
         local = synthetic.map(lambda t: t.to(self.device))
         results = (self.objective.gradient(local, iteration, draw) for draw in self.draws)
         return [(gradient.map(lambda t: t.to(synthetic.images.device)), parts) for gradient, parts in results]
@@ -143,7 +145,7 @@ class Averaging:
 
 
 def mean(results: list[tuple[Synthetic, LossParts]]) -> tuple[Synthetic, LossParts]:
-    """Return the gradient and the loss terms, averaged over all random draws in the order of `results`."""
+    """Return the gradient and the loss terms as means over all random draws, summed in the order of `results`."""
     first, count = results[0][0], len(results)
     if count == 1:
         return first, dict(results[0][1])
@@ -179,9 +181,9 @@ def distill_phase(
 ) -> bool:
     """Distil one phase by matching distributions; see `rmdd.distill.loop.run_phase`.
 
-    Writes `records.json` (the initial caption records) and `start.safetensors` (the initial set, as exported for
-    students) if they are missing. `ranks` are workers that hold one `Rank` each; with None, this process computes all
-    draws. Several draws are always averaged on the CPU, so the result does not depend on the devices.
+    Two files are written if they are missing: `records.json` (the initial caption records) and `start.safetensors` (the
+    initial set, as exported for students). `ranks` are workers that hold one `Rank` each; if it is None, this process
+    computes all draws. Several draws are always averaged on the CPU, so the result does not depend on the devices.
     """
     place = device if method.options.draws == 1 else torch.device("cpu")
     record_file, start = folder / "records.json", folder / "start.safetensors"

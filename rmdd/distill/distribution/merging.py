@@ -1,11 +1,12 @@
-"""The merged teachers of MDM: averages of two checkpoints, pulled to the anchor where the two disagree.
+"""The merged teachers of MDM: averages of two checkpoints, pulled towards the anchor w_0 where the two disagree.
 
-With displacements d_1, d_2 of a tensor from the anchor w_0 and the cosine c between both displacements,
+Two checkpoints displace a tensor by d_1 and d_2 from the anchor, and c is the cosine between d_1 and d_2. Then
 
     w* = w_0 + alpha c / (1 + c) (d_1 + d_2)
 
-For alpha = 1 this is the point between the anchor and the mean that lies nearest to the centre of the fine-tuned
-weights (Model Stock): it is the mean if the displacements are equal, and the anchor if they are orthogonal.
+For alpha = 1, w* lies between the anchor (reached if d_1 and d_2 are orthogonal) and the mean of both checkpoints
+(reached if d_1 = d_2). Of all points between the anchor and the mean, w* is the nearest to the centre of the fine-tuned
+weights (Model Stock).
 """
 
 from collections import OrderedDict
@@ -27,9 +28,9 @@ class Cell(NamedTuple):
 
 
 def cosine(first: Tensor, second: Tensor, *, positive: bool = True) -> Tensor:
-    """Return the cosine between two displacements; 0 if either of them is zero.
+    """Return the cosine c between two displacements; 0 if a displacement is zero.
 
-    A cosine c near -1 makes c / (1 + c) huge, so a negative cosine counts as 0 unless `positive` is false.
+    A negative cosine is returned as 0 unless `positive` is false, because c / (1 + c) is huge for c near -1.
     """
     a, b = first.flatten(), second.flatten()
     value: Tensor = a @ b / (a.norm() * b.norm() + 1e-12)

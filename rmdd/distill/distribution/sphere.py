@@ -1,7 +1,7 @@
 """The losses of MDM on the unit sphere: joint image-text features, kernels of angles, and kernel energies.
 
-Symbols: n, m points of two sets, D joint width. All vectors have unit length. All functions are differentiable
-everywhere, including at equal and at opposite points.
+Symbols: n and m points in the two sets, D joint width. All vectors have unit length. All functions have a derivative
+everywhere, also for two points that are equal or opposite.
 """
 
 import math
@@ -19,7 +19,7 @@ Statistic = Literal["v", "u"]
 NEAR = 1e-6
 """Smallest distance of a cosine from +-1, where arccos has no derivative; `unit` also adds it to squared lengths."""
 FLOOR = 1e-8
-"""Number added to an energy before its square root is taken, because the derivative of the root is infinite at 0."""
+"""Small number added to an energy before the square root, because the root has an infinite derivative at 0."""
 
 
 def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
@@ -28,12 +28,12 @@ def unit(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
 
 
 def agreement(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Return the unit direction of the sum of the image and the text features of each pair."""
+    """Return, for each pair, image features plus text features, scaled to unit length."""
     return unit(images + texts)
 
 
 def discrepancy(images: Float[Tensor, "n D"], texts: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Return the unit direction of image features minus text features of each pair; it is orthogonal to `agreement`."""
+    """Return, for each pair, image minus text features, scaled to unit length; it is orthogonal to `agreement`."""
     return unit(images - texts)
 
 
@@ -42,8 +42,8 @@ def kernel(
 ) -> Float[Tensor, "n m"]:
     """Return the kernel between all points of `a` and all points of `b`; phi is the angle between two points.
 
-    `geodesic` is exp(-phi^2 / 2 sigma^2), `laplacian` is exp(-phi / sigma), and `chordal` is the geodesic formula with
-    the chord length instead of phi.
+    `geodesic` is exp(-phi^2 / 2 sigma^2) and `laplacian` is exp(-phi / sigma).
+    `chordal` is exp(-c^2 / 2 sigma^2), where c is the length of the chord between the points.
     """
     cosine = a @ b.T
     if kind == "chordal":
@@ -62,9 +62,9 @@ def energy(
 ) -> Float[Tensor, ""]:
     """Return the kernel energy between two sets of points, or its square if `root` is false.
 
-    The U-statistic (`u`) leaves out the kernel of a point with itself, so the squared energy can be negative: for two
-    samples of the same distribution, the squared energy is negative half of the time. Before the root is taken, a
-    negative value is set to 0, so it has no gradient.
+    With `u`, the energy is a U-statistic: it leaves out the kernel of a point with itself. The squared energy can then
+    be negative; for two samples of one distribution, this happens half of the time. A negative squared energy is set to
+    0 before the root is taken, and its gradient is then zero.
     """
     within = _mean(kernel(a, a, sigma, kind), statistic) + _mean(kernel(b, b, sigma, kind), statistic)
     squared = within - 2 * kernel(a, b, sigma, kind).mean()

@@ -1,17 +1,17 @@
 """`phases: adaptive`: move the range of start epochs and the endpoint of a phase while it is distilled.
 
 Phases begin as `phases: auto` plans them, but start epochs are real numbers. Every `distill.plan.every` updates, the
-matching gradients (first-order) are computed in the middle of the range, at its bounds, and `pace` epochs outside them:
+first-order matching gradients are computed at five epochs: in the middle of the range, at both bounds, and `pace`
+epochs outside each bound. Each is compared with the gradient in the middle by its cosine:
 
-    a bound moves outwards by `pace` if the gradient outside it agrees with that of the middle (cosine at least
-    `agreement`); it moves inwards by `pace`, down to a range of one epoch, if the gradient at the bound opposes that
-    of the middle (cosine below 0);
-    the endpoint becomes the first stored epoch that lies beyond all targets of the range; it never moves before the
+    A bound moves outwards by `pace` if the gradient outside it has a cosine of at least `agreement`.
+    A bound moves inwards by `pace` if the gradient at it has a cosine below 0; the range stays one epoch wide or wider.
+    The endpoint becomes the first stored epoch that lies beyond all targets of the range. It never moves before the
     planned endpoint, and never to an epoch whose shortcut is less straight than `min_straightness`.
 
-The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and the
-window before the move. The set and the window are in every checkpoint, so a killed phase resumes with bit-identical
-results. The numbers of pairs and updates, and so the budget, stay as planned.
+The first phase keeps its lower bound, because its student begins at epoch 0. A move depends only on the set and on the
+window (range and endpoint) before the move. Both are in every checkpoint, so a killed phase resumes with bit-identical
+results. The numbers of pairs and updates stay as planned, and so does the budget.
 """
 
 import functools
@@ -71,5 +71,5 @@ def _endpoints(store: Store, experts: tuple[int, ...], plan: Plan, planned: int)
 
 
 def _end(ends: list[int], needed: float) -> int:
-    """Return the first of the endpoints `ends` that is at or after epoch `needed`, or the last endpoint if none is."""
+    """Return the first of the endpoints `ends` that is not before epoch `needed`; if all are before, the last."""
     return next((e for e in ends if e >= needed), ends[-1])

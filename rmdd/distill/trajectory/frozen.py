@@ -1,9 +1,9 @@
 """Trajectory matching with a frozen image tower: match on its features, then carry the gradient back to the pixels.
 
-The frozen tower is the same in all K inner steps. So the features of the pairs in the mini-batches are computed once,
-the engine (`rmdd.distill.unroll`) runs on these features, and the sum of their gradients is propagated to the pixels in
-one pass. The result equals that of running the tower in every step (RepBlend), but takes a fraction of the time.
-Symbols: M pairs, D width of the tower's features.
+The frozen tower is the same in all K inner steps. So it computes the features of all pairs in the mini-batches once,
+and the engine (`rmdd.distill.unroll`) trains the student on these features. The gradients of the features are summed
+over the steps and propagated to the pixels in one pass. RepBlend runs the tower in every step instead, which gives the
+same result but takes much longer. Symbols: M pairs, D width of the tower's features.
 """
 
 import dataclasses

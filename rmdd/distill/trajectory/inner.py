@@ -23,10 +23,10 @@ def student_loss(
     """Return the inner loss of `model` for the settings `rule`, with one dropout seed per inner step.
 
     `mix(features, step)` changes the outputs of both encoders before the projections. Images smaller than
-    `image_size` are enlarged to it; features are used unchanged.
+    `image_size` are enlarged to this size. Features (of a frozen tower) in place of images are used unchanged.
 
-    With `same_mask`, dropout and other noise (such as timm's stochastic depth) is seeded by step, so both passes of the
-    engine use the same mask. `fresh_mask` draws a new mask in the second pass, as the released code does.
+    With `same_mask`, dropout and similar noise (such as timm's stochastic depth) is seeded by step, so both passes of
+    the engine use the same mask. With `fresh_mask`, the second pass draws a new mask, as in the released code.
     """
     model.train(rule.inner_dropout != "off")
     loss = LOSSES[rule.loss]

@@ -79,10 +79,10 @@ class Matcher:
         return features
 
     def engine(self, synthetic: Synthetic) -> Engine:
-        """Return the engine options; forward or reverse mode is chosen once, from the first draw and the initial set.
+        """Return the engine options; forward or reverse mode is chosen once per phase.
 
-        A resumed phase therefore makes the same choice. `fresh_mask` dropout needs reverse mode, because the check of
-        forward mode evaluates the loss twice and needs equal masks.
+        The choice depends only on the first draw and the initial set, so a resumed phase makes the same choice. With
+        `fresh_mask` dropout, the mode is reverse: the check of forward mode needs equal masks in two evaluations.
         """
         if self._engine is None:
             rule = self.run.distill
@@ -119,7 +119,7 @@ class Matcher:
         return self._paths[expert]
 
     def set_window(self, window: Window) -> None:
-        """Draw start epochs from the range of `window` from now on, and use paths to the endpoint of `window`."""
+        """Use `window` from now on: start epochs are drawn from its range, and paths lead to its endpoint."""
         self.ranges = {tower: (window.low, window.stop) for tower in TOWERS}
         if window.endpoint != self._endpoint:
             self._endpoint = window.endpoint

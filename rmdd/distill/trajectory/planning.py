@@ -2,13 +2,13 @@
 
 The rule (its settings are in `distill.plan`):
 
-1. endpoints   E_p is the first epoch at which the teacher has reached the share `reach + p reach_step` of its total
-               gain on val. Later epochs gain little per unit of arc length, and their large gradients disagree. E_p is
-               later than E_(p-1), and the teacher must have gained in between. Epochs whose shortcut is less straight
-               than `min_straightness` are excluded.
-2. phases      The plan has as many phases as possible, at most `max_phases`. Each phase needs its own endpoint and at
-               least `min_pairs` pairs and `min_iterations` updates, unless it is the only one. Students learn from one
-               phase after the other, so each phase needs enough pairs to train them on its own.
+1. endpoints   E_p, the endpoint of phase p, is the first epoch at which the teacher has reached the share
+               `reach + p reach_step` of its total gain in val score. Later epochs gain little per unit of arc length,
+               and their large gradients disagree. E_p is later than E_(p-1), with a higher val score. Epochs whose
+               shortcut is less straight than `min_straightness` are excluded.
+2. phases      The plan has as many phases as possible, at most `max_phases`. Each phase has a different endpoint, and
+               if there are several phases, each needs at least `min_pairs` pairs and `min_iterations` updates. Students
+               are trained on one phase after the other, so each phase must have enough pairs for training.
 3. sizes       The pairs that the budget pays for (including the similarity) are split evenly, and so are the updates.
 4. ranges      The first range begins at epoch 0, each later one in the middle of the range before it. A range has at
                least `min_starts` starts. It grows while the matching gradients at its last start and at the next
@@ -94,9 +94,10 @@ def endpoints(rule: config.Distill, measured: Measured) -> list[int]:
 
 
 def sizes(run: config.Run, text_width: int, most: int) -> tuple[int, ...]:
-    """Return the number of pairs of each phase, with as many phases (at most `most`) as the budget and updates allow.
+    """Return the number of pairs of each phase; `most` is the largest number of phases.
 
-    Raises `ValueError` when the budget is too small for one mini-batch.
+    There are as many phases as the budget and the number of updates allow. Raises `ValueError` when the
+    budget is too small for one mini-batch.
     """
     rule, plan = run.distill, run.distill.plan
     kind, rank = rule.similarity.kind, rule.similarity.rank
@@ -141,7 +142,7 @@ def ranges(
 
 
 def planned_budget_error(run: config.Run, text_width: int) -> str | None:
-    """Return an error message when the budget is too small for even one planned phase, otherwise None."""
+    """Return an error message if the budget is too small for a plan with a single phase, otherwise None."""
     try:
         sizes(run, text_width, 1)
     except ValueError as error:
@@ -150,7 +151,7 @@ def planned_budget_error(run: config.Run, text_width: int) -> str | None:
 
 
 def _includes_stop(rule: config.Distill) -> int:
-    """Return 1 if starts are real numbers, because these come arbitrarily close to the end of a range; otherwise 0."""
+    """Return 1 if start epochs are real numbers, which come arbitrarily close to the end of a range; otherwise 0."""
     return int(rule.real_starts)
 
 
@@ -217,7 +218,7 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
 def probe_starts(
     method: Matched, store: Store, train: PreparedSplit, device: torch.device, pairs: int, end: int
 ) -> statistics.Probe:
-    """Compute the matching gradients of `pairs` real pairs at every start epoch of the path to `end`."""
+    """Compute the matching gradients of `pairs` real pairs at every start epoch on the path to epoch `end`."""
     run, rule, plan = method.run, method.run.distill, method.run.distill.plan
     probing = statistics.probing(run, end, rule.trajectory, pairs, experts=plan.experts)
     method = method.on(probing)
@@ -257,7 +258,7 @@ def with_explicit_phases(run: config.Run) -> config.Run:
 
 
 def with_estimated_phases(run: config.Run, text_width: int) -> config.Run:
-    """Return a copy of `run` with estimated phases (number, pairs, updates), to estimate costs before experts exist."""
+    """Return a copy of `run` with an estimate of its phases, so that costs can be estimated before experts exist."""
     epochs, plan = run.experts.epochs, run.distill.plan
     pairs = sizes(run, text_width, min(plan.max_phases, len(plan.endpoints or range(epochs))))
     updates = budget.split(plan.iterations, len(pairs))

@@ -1,7 +1,7 @@
 """Statistics of expert trajectories: straightness, matching gradients at several starts, and the teacher's gain.
 
 Symbols: n epochs of a trajectory (m = n + 1 with epoch 0), T start epochs, R samples per start (one
-per expert and draw), N and L numbers of entries of the image gradient and of the text gradient.
+per expert and draw), N entries of the image gradient, L entries of the text gradient.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def gain_per_arc(val: Float[np.ndarray, " m"], arc: Float[np.ndarray, " n"]) -> 
 
 
 def share_reached(val: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Return, for each epoch, the share of the total val gain reached by the best epoch so far; 1 if the gain is 0."""
+    """Return, for each epoch, the share of the total gain in val score reached so far; 1 if the total gain is 0."""
     best = np.maximum.accumulate(val)
     total = best[-1] - val[0]
     return (best - val[0]) / total if total > 0 else np.ones_like(best)
@@ -69,7 +69,7 @@ def layer_straightness(store: Store, expert: int, endpoint: int) -> dict[str, fl
 
 
 def straightness(store: Store, experts: Sequence[int], endpoint: int) -> float:
-    """Return the sum of chord lengths over the sum of path lengths, over all layers and `experts`; at most 1."""
+    """Return chord length divided by path length, each summed over all layers and `experts`; at most 1."""
     chords = lengths = 0.0
     for expert in experts:
         travelled = {name: float(steps[:endpoint].sum()) for name, steps in store.norms(expert).items()}
@@ -86,9 +86,9 @@ class Probe:
     starts: tuple[int | float, ...]
     """Start epochs at which the gradients were computed."""
     images: Float[Tensor, "T R N"]
-    """Gradients with respect to the images, for R samples per start (R = 1 if they are averaged over samples)."""
+    """Gradients with respect to the images: R samples per start epoch, or their mean (R = 1)."""
     texts: Float[Tensor, "T R L"]
-    """Gradients with respect to the texts, for R samples per start (R = 1 if they are averaged over samples)."""
+    """Gradients with respect to the texts: R samples per start epoch, or their mean (R = 1)."""
     miss: Float[Tensor, "T R"]
     """Matching loss of each start and sample, summed over the towers."""
 
@@ -122,8 +122,8 @@ def probe(
     """Compute the matching gradients of `synthetic` at `starts`, for the first `experts` experts and `draws` batches.
 
     `experts` defaults to all experts of the matcher. `averaged` keeps only the mean over samples, to save memory.
-    The estimator is always first-order: the exact gradient of an unstable student is mostly noise, which hides
-    whether the starts agree.
+    The gradients are always first-order. The exact gradient of an unstable student is mostly noise, so it would not
+    show whether the gradients at two start epochs agree.
     """
     samples = list(itertools.product(range(len(matcher.experts))[:experts], range(draws)))
     results: tuple[list[Tensor], ...] = [], [], []
@@ -146,7 +146,7 @@ def probe(
 
 
 def probing(run: config.Run, endpoint: int, trajectory: str, pairs: int, experts: int | None = None) -> config.Run:
-    """Return a copy of `run` with a single phase: `pairs` pairs, the given `endpoint`, and all start epochs.
+    """Return a copy of `run` with a single phase of `pairs` pairs that ends at `endpoint` and uses all start epochs.
 
     `trajectory` is the kind of path, `shortcut` or `original`; `original` needs stores that keep every epoch. Only the
     first `experts` experts are used.
@@ -177,7 +177,7 @@ def cosine_matrix(vectors: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
 
 
 def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[Tensor, "T T"]:
-    """Return the scalar products of all pairs of rows in float64, computed over blocks of columns to save memory."""
+    """Return the scalar products of every row with every row, in float64; blocks of columns are used to save memory."""
     products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     for block in vectors.split(COLUMNS, dim=1):
         wide = block.double()
@@ -187,7 +187,7 @@ def _products(vectors: Float[Tensor, "T N"], *, centred: bool = False) -> Float[
 
 
 def principal(vectors: Float[Tensor, "R N"], components: int = 2) -> tuple[Float[Tensor, "R C"], Float[Tensor, " C"]]:
-    """Return coordinates of the centred rows on the first principal components, and the share of variance of each."""
+    """Return the rows' coordinates on the first principal components, and each component's share of the variance."""
     values, sides = torch.linalg.eigh(_products(vectors, centred=True))
     order = values.argsort(descending=True)[:components]
     largest = values[order].clamp(min=0)

@@ -89,7 +89,7 @@ def test_a_single_point_has_modulus_one():
 
 
 def test_a_modulus_of_zero_has_a_finite_gradient():
-    """Points at 0 and pi along t have Phi(t) = 0, because exp(0) + exp(i pi) = 0."""
+    """The set of the two points 0 and pi has Phi(1) = 0, because exp(0) + exp(i pi) = 0."""
     points = torch.tensor([[0.0], [math.pi]], dtype=torch.float64, requires_grad=True)
     for weights in ((0.5, 0.5), (0.8, 0.2)):
         (grad,) = torch.autograd.grad(

@@ -42,7 +42,7 @@ def test_losses_against_plain_sums():
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_learned_heads_reach_the_covariance_over_rho(rho):
-    """-Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2 is smallest at G_v^T G_l = C / rho, if the heads have enough rank."""
+    """The loss -Tr(G_v C G_l^T) + rho/2 ||G_v^T G_l||^2 is smallest at G_v^T G_l = C / rho, if the rank allows it."""
     covariance = cross_covariance(drawn(9, 4), drawn(9, 3, seed=1))
     heads = [drawn(5, 4, seed=2).requires_grad_(), drawn(5, 3, seed=3).requires_grad_()]
     optimiser = torch.optim.LBFGS(heads, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
@@ -63,7 +63,7 @@ def test_learned_heads_reach_the_covariance_over_rho(rho):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 6, 99])
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_gradient_in_chunks_equals_the_full_gradient(chunk, learned):
-    """Check a loss that depends on all pairs together, with texts that are encoded or used as they are."""
+    """Check a loss that depends on all pairs, both for texts that are encoded and for texts used without encoding."""
     w_v, w_l, target = drawn(12, 4), drawn(5, 3, seed=1), drawn(4, 3 if learned else 5, seed=2)
     images, texts = drawn(6, 3, 2, 2, seed=3), drawn(6, 5, seed=4)
 

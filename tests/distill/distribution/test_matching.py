@@ -1,4 +1,4 @@
-"""Check that the distribution-matching loop is bit-identical to a plain loop, with several ranks and after a resume."""
+"""Check that distribution matching gives the results of a plain loop bit for bit, also with ranks and resumes."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def unbroken(toy, learning, tmp_path_factory):
 
 
 def test_a_phase_is_the_plain_loop(toy, tmp_path):
-    """Compare a phase with a loop of torch's clipping and SGD on the mean gradient of two draws, bit for bit."""
+    """Compare a phase bit for bit with a loop that clips the mean gradient of two draws and uses torch's SGD."""
     run = run_of(toy.folder, {"draws": 2})
     assert distil(toy, tmp_path, run)
     records, method = read_json(tmp_path / "records.json"), method_of(run)
@@ -142,7 +142,7 @@ def test_ranks_on_ray_resume_bit_identically(ray_local, toy, learning, unbroken,
 
 
 def spoil(monkeypatch, times):
-    """Make the gradient of iteration 5 NaN until the outer learning rates have been halved `times` times."""
+    """Replace the gradient of iteration 5 by NaN in its first `times` attempts; each causes a rollback."""
     step, tried = features.clipped, []
 
     def clipped(gradient, limit):

@@ -1,4 +1,4 @@
-"""Compare MDM's losses on the sphere with double loops in float64, and check edge cases such as equal points."""
+"""Compare MDM's losses on the sphere with slow float64 loops over all points; check edge cases like equal points."""
 
 import itertools
 import math

@@ -18,14 +18,14 @@ from rmdd.methods import matching_method
 
 
 def moving(stop=1, endpoint=2, iterations=5, **plan):
-    """Return a run with `phases: adaptive`, with one student step and fresh dropout masks, so it is fast."""
+    """Return a run with `phases: adaptive`. It is fast, because its students take only one step."""
     phase = config.Phase(pairs=PAIRS, start=0, stop=stop, endpoint=endpoint, iterations=iterations)
     rule = {"kind": "adaptive", "every": 2, "pace": 0.5, "experts": 1, **plan}
     return run_of(phases=(phase,), plan=config.Plan(**rule), steps=1, inner_dropout="fresh_mask")
 
 
 def windows(run, store, iterations):
-    """Return the window (start epochs and endpoint) of each update, for a synthetic set that does not change."""
+    """Keep the synthetic set constant; return the window (range of start epochs, and endpoint) of each update."""
     matcher, state, result = (
         Matcher(matching_method(run), 0, store, encoder(run.model), CPU),
         State.begin(first_set()),
@@ -120,7 +120,7 @@ def test_the_endpoint_never_moves_to_a_bent_shortcut(store):
 
 @pytest.mark.parametrize("reuse_graphs", [0, 2])
 def test_moves_follow_the_slow_cosines(make, reuse_graphs):
-    """Check that each bound moves as cosines of gradients computed one by one in float64 demand, for several sets."""
+    """Compute gradients one by one in float64, for several sets; check that the bounds move as their cosines demand."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
     made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)

@@ -1,4 +1,4 @@
-"""Check in float64 that matching on features gives the same gradients as running the frozen tower in every step."""
+"""Check in float64 that features computed once give the gradients of a frozen tower that runs in every step."""
 
 import pytest
 import torch

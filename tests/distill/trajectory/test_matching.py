@@ -48,7 +48,7 @@ def unbroken_run(store, tmp_path_factory):
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 def test_a_phase_on_the_original_trajectory_equals_the_plain_loop(store, tmp_path, momentum, estimator):
-    """Check that a phase of LoRS with a full similarity is bit-identical to a plain loop with torch's own optimiser."""
+    """Check that LoRS with a full similarity gives the results of a plain loop with torch's optimiser, bit for bit."""
     run = run_of(trajectory="original", ema=0.0, momentum=momentum, estimator=estimator)
     rule = run.distill
     assert distil(run, store, tmp_path)
@@ -202,7 +202,7 @@ def test_killed_and_resumed_is_bit_identical(store, tmp_path, unbroken_run, at):
 
 
 def test_log_lines_after_the_last_checkpoint_are_not_duplicated(store, tmp_path):
-    """A kill between the log and the checkpoint leaves lines of iterations that are computed again after the resume."""
+    """A killed run repeats the iterations after its checkpoint; the log must have one line for each of them."""
     run = run_of()
     distil(run, store, tmp_path, **stop_after(3))
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -318,7 +318,7 @@ def test_a_missing_or_damaged_plan_is_reported(finished, tmp_path):
 
 
 def test_a_planned_run_moves_with_its_storage(finished, tmp_path):
-    """Check that a run continues with its plan, phases and students after its storage folder was moved."""
+    """Move the storage folder of a finished run; check that the run reuses its plan, phases and students there."""
     shutil.copytree(finished, tmp_path / "there")
     run = load_folder(str(tmp_path / "there" / run_folder(load(finished)).name))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "there").glob("*/*/*/*.safetensors")}
