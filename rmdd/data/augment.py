@@ -1,8 +1,8 @@
 """Image augmentation for expert training: random crop, flip, and the RandAugment variant of the BLIP data loaders.
 
-The operation AutoContrast differs from the published code, which subtracts the channel minimum in 8-bit arithmetic;
-this arithmetic overflows and saturates entire channels to 255. This module stretches the channels exactly. At the
-published magnitude 5, the operations Brightness and Sharpness have factor 1 and change nothing.
+The operation AutoContrast stretches the channels exactly, unlike the published code. There, the channel minimum is
+subtracted in 8-bit arithmetic, which overflows and sets entire channels to 255. At the published magnitude 5, the
+operations Brightness and Sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The counts in the manifest add up: `rows_in` = pairs + `rows_merged` + the sum o
 captions + the sum of `captions_dropped`.
 
 The input is first split into parts (`rmdd.data.plan`), each part is written independently (`rmdd.data.parts`), and the
-manifest is written last. Until then, all files of an ingest into the folder NAME are in a folder `.NAME.parts`
-beside it; an interrupted ingest resumes from `.NAME.parts`.
+manifest is written last. Until then, an ingest into the folder NAME keeps all its files in a folder `.NAME.parts`
+beside NAME; an interrupted ingest resumes from `.NAME.parts`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PARTS_LAYOUT = 2
 
 
 def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runtime: Runtime | None = None) -> Dataset:
-    """Read the images and captions that `data` selects, write them as a dataset into the folder `out`, and return it.
+    """Read the images and captions that `data` selects, write them to `out` as a dataset, and return the dataset.
 
     An existing dataset in `out` is returned if it was made from the same input. The folder `out` appears only when the
     dataset is complete; a second ingest into the same folder waits for the first. Unusable rows are written to
@@ -83,7 +83,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
-        # The plan is deleted last: as long as it exists, a later ingest knows that files of this one may be left.
+        # The plan is deleted last, because it tells a later ingest that files of this ingest may be left.
         for folder in (folders.dataset, folders.records, folders.path):
             if folder.is_dir():
                 remove(folder)
@@ -135,7 +135,7 @@ def _start_or_resume(
 
 
 def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Write `quarantine.jsonl` and the manifest of the dataset from the record files of its parts, in part order."""
+    """Merge the record files of all parts, in part order, into `quarantine.jsonl` and the manifest of the dataset."""
     counts, content = IngestCounts(), hashlib.sha256()
     counts.add(read_json(folders.parts)["counts"])
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}

@@ -47,7 +47,7 @@ class IngestPlan:
 
 
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
-    """Check the paths and captions of `rows`, and merge all rows of an image into one pair at its first row's position.
+    """Check the paths and captions of `rows`. Merge the rows of an image into one pair, at the first row's position.
 
     Raises `ValueError` if there are no rows, or if an image is listed in two splits.
     """

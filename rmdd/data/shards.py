@@ -48,7 +48,7 @@ class Pair:
     source: str
 
     def digest(self) -> bytes:
-        """Return the SHA-256 over all fields of the pair, each preceded by the length of the field in bytes."""
+        """Return the SHA-256 of all fields of the pair; each field is preceded by its length in bytes."""
         digest = hashlib.sha256()
         texts = (self.pair_id, self.split, self.source, *self.captions)
         for data in (self.image, *(text.encode() for text in texts)):

@@ -66,7 +66,7 @@ class Candidate:
 
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
-    """Return the split of an image, chosen by a hash of its path only, so it does not depend on other images."""
+    """Choose the split of an image by a hash of the image's path only, so the split does not depend on other images."""
     share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
@@ -107,7 +107,7 @@ class SampleSource:
     """A data source that reads files in which images and captions are stored together."""
 
     files: Callable[[Data], list[tuple[str, int, str | None]]]
-    """Function that returns (path relative to `data.root`, size in bytes, split or None if unknown) of each file."""
+    """Function that returns, for each file, (path relative to `data.root`, size in bytes, split or None if unknown)."""
     candidates: Callable[[str, tuple[int, int], str | None, Data, IngestCounts], Iterator[Candidate]]
     """Function of (file, range, split, data, counts) that yields the usable rows and adds all rows to `counts`."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)

@@ -78,7 +78,7 @@ class Split:
     """Number of dropped `captions` (empty after cleaning), and of dropped `pairs` (without any caption left)."""
     dataset: Dataset = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    """int64 (N,): the position of the row of each image among all rows of this split in the shards."""
+    """int64 (N,): for each image, the position of the image's row among all rows of this split in the shards."""
     _encoded: Path = field(repr=False)
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Split:
         return self.pixels.decode(np.asarray(index))
 
     def cache_bytes(self, encoded: bool) -> int:
-        """Return the size in bytes of the cache of decoded images or, if `encoded`, estimate that of encoded images.
+        """Return the bytes in the cache of decoded images. If `encoded`, return an estimate for encoded images instead.
 
         The size is 0 for images in memory, which need no cache.
         """
@@ -108,7 +108,7 @@ class Split:
         return int(np.prod(self.pixels.shape))
 
     def facts(self) -> dict[str, int]:
-        """Return the numbers of pairs and captions in this split, and the numbers that caption cleaning removed."""
+        """Return how many pairs and captions this split has, and how many caption cleaning removed."""
         return {"pairs": len(self), "captions": len(self.captions)} | {
             f"dropped_{k}": n for k, n in self.dropped.items()
         }
@@ -164,7 +164,7 @@ def squashed(image: bytes, data: Data) -> np.ndarray:
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the encoded images as one array of bytes, and the N+1 offsets of the images in it.
 
-    Both are cache files, written if missing. The offsets are written last, so their file marks a complete cache.
+    Both results are cache files, written if missing. The file of offsets is written last, so it marks a complete cache.
     """
     offsets = path.with_suffix(".offsets.npy")
     if not (offsets.is_file() and path.is_file()):
@@ -180,7 +180,7 @@ def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -
 
 
 def read_rows(dataset: Dataset, split: str, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Yield (row number, encoded image) for the numbers `rows` of a split, in ascending order without duplicates.
+    """Yield (row number, encoded image) for the rows of a split with numbers in `rows`; each once, in ascending order.
 
     Only the Parquet row groups that contain these rows are read from disk.
     """

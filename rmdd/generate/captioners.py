@@ -1,7 +1,7 @@
 """Captions for generated images, written by a captioning model of transformers.
 
-The answers of the model are cleaned like the captions of the dataset. Empty and repeated answers are dropped; the model
-is then called again, and after the last try real captions (those of the dataset) replace the missing ones.
+The answers of the model are cleaned like the captions of the dataset. Empty and repeated answers are dropped, and the
+model is called again. If captions are still missing after the last try, captions of the dataset replace them.
 """
 
 import re
@@ -157,10 +157,10 @@ def saved_captions(path: Path, key: str) -> FurtherCaptions | None:
 
 
 def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: int, image_of: np.ndarray) -> list[str]:
-    """Choose captions of the dataset to replace missing answers of a captioner. Captions of the same image as caption
-    `record` come first, then the captions with the highest cosine with caption `record`.
+    """Choose captions of the dataset to replace missing answers of a captioner. Captions of the image of caption
+    `record` come first. The captions whose embeddings have the highest cosines with that of caption `record` follow.
 
-    `texts` (T,F) are the embeddings of `captions`. More than `count` are returned, because some captions may be equal.
+    `texts` (T,F) are the embeddings of `captions`. More than `count` captions are returned, because some may be equal.
     """
     same_image = np.flatnonzero(image_of == image_of[record])[: count + 1]
     of_image = [captions[int(r)] for r in same_image if int(r) != record]
@@ -172,7 +172,7 @@ def stand_ins(captions: Sequence[str], texts: np.ndarray, record: int, count: in
 
 
 def _cosines(rows: np.ndarray, vector: np.ndarray, chunk: int = 65_536) -> np.ndarray:
-    """Compute the cosine of each row of `rows` with `vector`, with `chunk` rows in memory at a time."""
+    """Return the cosine between `vector` and each row of `rows`; at most `chunk` rows are in memory at a time."""
     cosines = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), chunk):
         block = np.asarray(rows[start : start + chunk], dtype=np.float32)

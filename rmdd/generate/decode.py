@@ -1,8 +1,8 @@
-"""Image decoders: each turns the request of a pair (a caption, an embedding, ...) into the image of the pair.
+"""Image decoders. A decoder turns the request of a pair (a caption, an embedding, ...) into the image of this pair.
 
 A decoder is constructed in the worker that uses it. Each image has its own random generator, seeded by the number of
-its pair, so it does not depend on other images. Images of a block are generated together; a block is a range of pair
-numbers, so a resumed run generates the same blocks. Shapes: B images of a block, D features of an embedding.
+the pair, so an image does not depend on other images. The images of a block are generated together. A block is a range
+of pair numbers, so a resumed run generates the same blocks. Shapes: B images of a block, D features of an embedding.
 """
 
 import hashlib
@@ -62,8 +62,8 @@ class Nearest:
 class StableUnclip:
     """A decoder that runs Stable unCLIP on the caption and the unnormalised CLIP image embedding of each pair.
 
-    `noise_level` is the time step of the noise added to embeddings. The pipeline has no safety checker. Raises
-    `ValueError` unless embeddings have the number of features that the pipeline accepts.
+    `noise_level` is the diffusion time step that sets the strength of the noise added to embeddings. The pipeline has
+    no safety checker. Raises `ValueError` unless embeddings have the number of features that the pipeline accepts.
     """
 
     def __init__(
@@ -181,7 +181,10 @@ def embeddings_of(requests: Sequence[Request], width: int) -> Float[Tensor, "B D
     """Stack the `embedding` of each request, as float32. Raises `ValueError` unless each has `width` finite numbers."""
     rows = torch.stack([r["embedding"] for r in requests]).float()
     if rows.shape[1] != width:
-        raise ValueError(f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; use its CLIP model")
+        raise ValueError(
+            f"the decoder takes embeddings of width {width}, found {rows.shape[1]}; compute them with the CLIP model "
+            "that the decoder was made for"
+        )
     for request, row in zip(requests, rows, strict=True):
         if not row.isfinite().all():
             raise ValueError(f"the embedding of pair {request['index']} is not finite; check the image features")
@@ -199,7 +202,7 @@ def pictures(requests: Sequence[Request], images: Float[np.ndarray, "B H W 3"]) 
 
 
 def move_to_device(pipeline: Any, device: torch.device, offload: Offload) -> torch.device:
-    """Move a pipeline to a device (with `offload`, each model or layer only when it is used); return the device."""
+    """Move a pipeline to a device; return the device. With `offload`, models or layers move only when they are used."""
     pipeline.set_progress_bar_config(disable=True)
     device = device if torch.cuda.is_available() else torch.device("cpu")
     if offload == "none" or device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The parts of a text-conditioned latent diffusion model that fine-tuning and fusion use.
+"""Those parts of a text-conditioned latent diffusion model that fine-tuning and fusion use.
 
 Shapes: B images of S x S pixels, latents of C channels and h x w positions, L text tokens, F features of a token.
 """
@@ -78,7 +78,7 @@ class Diffusion:
 
 
 def grid_of(blocks: int, size: int) -> tuple[int, int]:
-    """Return the rows and columns of the latent of an image of side `size`, for a VAE encoder with `blocks` blocks.
+    """Return how many rows and columns a latent has, for images of side `size` and a VAE encoder with `blocks` blocks.
 
     Raises `ValueError` if the image cannot be halved `blocks - 1` times.
     """

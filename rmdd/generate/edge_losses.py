@@ -2,7 +2,7 @@
 
     L_C = 1/2 [CE(Z, arange) + CE(Z^T, arange)],  Z = i w^T / tau, i: image, w: text features of unit length
     L_D = 1/(B(B-1)) sum_{p != q} <j_p, j_q>,     j = [i ; w] / ||[i ; w]||
-    z^  the clean latent, computed from the noisy latent z_t and the prediction of the UNet
+    z^  the estimate of the clean latent, computed from the noisy latent z_t and the prediction of the UNet
 
 Shapes: B pairs of a batch, D features of an image or text, latents of C channels and h x w positions.
 """
@@ -42,9 +42,10 @@ def _others(captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
 def diversity(
     images: Float[Tensor, "B D"], texts: Float[Tensor, "B D"], *, unit_halves: bool = True
 ) -> Float[Tensor, ""]:
-    """Compute the diversity loss L_D, between -1 and 1; lower is more diverse. Raises `ValueError` for one pair.
+    """Return the diversity loss L_D, a number between -1 and 1; a lower loss means more diverse pairs.
 
-    `unit_halves` scales i and w to unit length before they are joined, which the released code does not do.
+    `unit_halves` scales i and w to unit length before they are joined; the released code does not scale them. Raises
+    `ValueError` for a batch of one pair.
     """
     count = len(images)
     if count < 2:

@@ -4,8 +4,8 @@
     L   = lambda_c L_C(i, w) + lambda_d L_D(i, w) + lambda_n MSE(prediction, target of the UNet)
 
 z_0 is the latent of an image, t a time step, e the encoded caption, w the CLIP feature of the caption. If a batch is
-divided into micro-batches to save memory, features are computed twice (gradient caching): first without autograd, for
-the contrastive loss of the entire batch, then with autograd, for the gradient.
+divided into micro-batches to save memory, features are computed twice (gradient caching). The first pass, without
+autograd, gives the contrastive loss of the entire batch. The second pass, with autograd, gives the gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -199,7 +199,8 @@ class EdgeTrainer:
     # -- the losses --------------------------------------------------------------------------------------------------
 
     def features_and_error(self, batch: TuningBatch) -> tuple[Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return the CLIP features of the denoised images, and the UNet's squared error (sum of pair means)."""
+        """Return the CLIP features of the denoised images, and the squared error of the UNet: a mean over each pair,
+        summed over all pairs of the batch."""
         rule, diffusion = self.rule, self.diffusion
         alpha_bar = diffusion.alpha_bar[batch.times]
         noisy = noised(batch.latents, batch.noise, alpha_bar)
@@ -262,7 +263,7 @@ class EdgeTrainer:
 
 
 def draws(seed: int, count: int, number: int, start: int = 0) -> list[int]:
-    """Return the numbers of `number` captions, drawn without replacement from `count`, in an order set by `seed`.
+    """Draw `number` of `count` captions without replacement, in an order set by `seed`; return the captions' indices.
 
     The first `start` captions of that order are skipped, because other phases use them. Raises `ValueError` if too
     few captions remain.

@@ -59,8 +59,8 @@ class FeatureSource:
 def features(
     source: FeatureSource, train: PreparedSplit, items: Items, choice: Choice, stream: Stream
 ) -> tuple[Rows, dict[str, Any], Sides, Path]:
-    """Return the features of `items` in the space `choice.space`, a dict of all settings that determine these features,
-    the image and text features of the train split, and the folder that stores the features of `items`."""
+    """Return four results: the features of `items` in the space `choice.space`, all settings that determine these
+    features, the image and text features of the train split, and the folder that stores the features of `items`."""
     identity = identity_of(source, train, choice.encoder)
     sides = sides_of(source, train, choice.encoder, stream)
     about: dict[str, Any] = {"space": choice.space, "unit": choice.unit, "dtype": choice.dtype, **identity}
@@ -77,7 +77,7 @@ def features(
 
 
 def identity_of(source: FeatureSource, train: PreparedSplit, encoder: str) -> dict[str, Any]:
-    """Return all values on which the features of the train split depend, if the encoder `encoder` computes them."""
+    """Return all values that determine the features that `encoder` computes for the train split."""
     return {"data": train.split.dataset.hash, **encoder_facts(source, encoder)}
 
 
@@ -105,7 +105,8 @@ def encoder_facts(source: FeatureSource, encoder: str) -> dict[str, Any]:
 
 
 def sides_of(source: FeatureSource, train: PreparedSplit, encoder: str, stream: Stream) -> Sides:
-    """Return the features of all images and captions of `train`, from the cache or computed in blocks by `stream`."""
+    """Return the features of all images and captions of `train`. Features that are not in the cache are computed, by
+    `stream` in blocks if the encoder is a model."""
     split, identity = train.split, identity_of(source, train, encoder)
     kind, _, name = encoder.partition(":")
     folder = source.splits.cache / f"sides-{config.hash_value(identity)}"
@@ -158,7 +159,7 @@ class TowerEncoder:
 
 
 def trained_expert(source: FeatureSource, number: int, train: PreparedSplit) -> DualEncoder:
-    """Load expert `number` from the expert store of the run, after the last epoch, in eval mode."""
+    """Load expert `number`, as trained after its last epoch, from the run's expert store; return it in eval mode."""
     store = Store.open(source.store)
     open_storage(source.runtime).fetch(store.folder(number))
     if not store.is_complete(number):

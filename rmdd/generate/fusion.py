@@ -1,4 +1,4 @@
-"""EVLF's fusion of an image latent with its text, and the losses that train it.
+"""EVLF's fusion of an image latent with the text of the image, and the losses that train the fusion.
 
 Latent positions attend to text tokens (and, in the released code, to each other). The fused latent z~ stays close to
 the original latent z, and the text embedding can be predicted from z~.
@@ -40,10 +40,10 @@ class Layer(nn.Module):
 class Fusion(nn.Module):
     """A module that fuses latents with text tokens and returns latents of the same shape and scale.
 
-    With `keys` both, the latents attend to image and text tokens, as in the released code; with `keys` text only to
-    text tokens, as in the paper. All layers use the same keys. With `residual`, the output is added to the latent
-    through a convolution that starts at zero, so an untrained module changes nothing; without `residual` (as
-    published), the module must learn the identity.
+    If `keys` is both (as in the released code), latents attend to image and text tokens. If `keys` is text (as in the
+    paper), latents attend only to text tokens. All layers use the same keys. With `residual`, the output is added to
+    the latent through a convolution that starts at zero, so an untrained module changes nothing. Without `residual` (as
+    published), the module must learn to keep the latent.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def alignment(
 
 
 def positives(pictures: Int[Tensor, " B"], captions: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """Return a mask that is True for two pairs with the same image number or the same caption number."""
+    """Return a mask whose entry (i, j) is True if pairs i and j have the same image number or caption number."""
     return (pictures[:, None] == pictures[None, :]) | (captions[:, None] == captions[None, :])
 
 
@@ -142,7 +142,7 @@ def ramp(step: int, total: int, low: float, high: float) -> float:
 
 
 def first_end(ids: Int[Tensor, "B L"], end: int) -> Int[Tensor, " B"]:
-    """Return the position of the first token `end` (end of text) of each text, or the last position if there is none.
+    """For each text, return the position of the first end-of-text token `end`, or the last position if there is none.
 
     Stable Diffusion's tokenizer also pads with this token, so the last end-of-text token is usually padding.
     """

@@ -3,9 +3,9 @@
     x_{k-1} = step(x_k) - [k > k_stop] s sigma_k (x0^ - m)
 
 k counts steps down to 0, s is the strength of the guidance, `x0^` the scheduler's estimate of the clean latent, m the
-mode (the given latent), and sigma_k the deviation of the noise that step k adds. A deterministic step adds no noise,
-and sigma_k = 0 would disable the guidance, so sqrt(1 - abar_t) replaces it. Shapes: B latents of C channels and h x w
-positions.
+mode (the given latent), and sigma_k the deviation of the noise that step k adds. A deterministic step adds no noise.
+Because sigma_k = 0 would disable the guidance, sqrt(1 - abar_t) then replaces sigma_k. Shapes: B latents of C channels
+and h x w positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def guided(
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
 ) -> Float[Tensor, "B C h w"]:
-    """Denoise `latents`, guided towards the latents `modes` in the steps `steps - 1` down to `stop + 1`.
+    """Denoise `latents`; the steps `steps - 1` down to `stop + 1` are guided towards the latents `modes`.
 
     `strength` 0 disables the guidance. `scheduler` is DDPM or DDIM without clipping of latents. Only DDIM uses `eta`,
     which scales the noise of a step.

@@ -1,4 +1,4 @@
-"""Modes of fused latents: k-means clusters of the caption records; each cluster has a latent (the mode) and a caption.
+"""Modes of fused latents. K-means clusters the caption records; each cluster has a latent (the mode) and a caption.
 
 Shapes: T caption records, D numbers of a latent, K clusters, F features of a text, P principal components.
 """
@@ -100,7 +100,7 @@ def _means(rows: Rows, label: np.ndarray, k: int, count: np.ndarray) -> np.ndarr
 
 
 def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return, for each cluster, the position of the row nearest to its centre, or 0 for an empty cluster."""
+    """For each cluster, return the position of its row nearest to its centre, or 0 if the cluster is empty."""
     best, nearest = np.full(len(centres), np.inf), np.zeros(len(centres), np.int64)
     for where, block in rows.chunks():
         distance = ((block - centres[label[where]]) ** 2).sum(1)
@@ -112,8 +112,8 @@ def _nearest(rows: Rows, label: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _central_caption(texts: np.ndarray, members: np.ndarray) -> int:
-    """Return the caption record in `members` whose text embedding has the highest cosine with the mean of the unit text
-    embeddings of all `members`."""
+    """Average the text embeddings of the caption records `members`, each scaled to unit length. Return the record whose
+    text embedding has the highest cosine with this average."""
     units = np.asarray(texts[members], dtype=np.float64)
     units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
     return int(members[(units @ units.mean(0)).argmax()])

@@ -45,7 +45,7 @@ def nearest_captions(
 ) -> Int64[np.ndarray, "P n"]:
     """Return the caption records with the highest cosines to each image, highest first.
 
-    For each image, 16 (count + 1) records are returned, so that `count` of them usually have different captions.
+    For each image, `16 * (count + 1)` records are returned, so that `count` of them usually have different captions.
     """
     starts = range(0, len(pictures), BLOCK)
     items: list[Values] = [
@@ -63,7 +63,7 @@ def nearest_captions(
 
 
 def nearest_rows(queries: Float32[np.ndarray, "P D"], rows: Rows, count: int) -> Int64[np.ndarray, "P n"]:
-    """Return the ids of the `count` rows with the highest cosines to each query, by descending cosine, then by id."""
+    """For each query, return the ids of the `count` rows with the highest cosines, by descending cosine, then by id."""
     queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     best = np.zeros((len(queries), 0), np.float32)
     ids = np.zeros((len(queries), 0), np.int64)

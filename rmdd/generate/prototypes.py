@@ -1,6 +1,6 @@
-"""Matched prototypes: a prototype is the mean of the records shared by an image cluster and its matched text cluster.
+"""Matched prototypes. A prototype is the mean of the records in both an image cluster and the matched text cluster.
 
-A record is a caption with its image: record n has image `image_of[n]` and caption n. Shapes: T records, N after
+A record is a caption with its image; record n has image `image_of[n]` and caption n. Shapes: T records, N after
 pruning, M prototypes, K clusters of images or captions, D features (U of an image and V of a caption if they differ).
 """
 
@@ -64,7 +64,7 @@ def find(
     pairless: Pairless = "topup",
     rescale: bool = False,
 ) -> tuple[Prototypes, RecordIds]:
-    """Return the prototypes, by descending cosine of image and text, and the records that remain after pruning.
+    """Return the prototypes, sorted by descending cosine of image and text, and the records that remain after pruning.
 
     Raises `ValueError` if fewer than `pairs` records remain.
     """
@@ -190,7 +190,7 @@ def contingency(a: RecordIds, b: RecordIds, k: int) -> Int64[np.ndarray, "K K"]:
 
 
 def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMembers]:
-    """Return the records that each image cluster shares with its matched text cluster, if they share any."""
+    """For each image cluster, return the records shared with the matched text cluster; skip it if there are none."""
     inside = np.where(partner[a] == b, a, -1)
     return [_same(np.flatnonzero(inside == i)) for i in np.unique(inside[inside >= 0])]
 
@@ -198,9 +198,10 @@ def shared_cells(a: RecordIds, b: RecordIds, partner: RecordIds) -> list[PairMem
 def split_largest_cells(
     cells: Sequence[PairMembers], pairs: int, a: RecordIds, b: RecordIds, joint: Any, seed: int
 ) -> list[PairMembers]:
-    """Split the largest cell (records of a prototype) by 2-means on `joint(members)`, until there are `pairs` cells.
+    """Split the largest cell by 2-means on `joint(members)`, again and again, until there are `pairs` cells.
 
-    If no cell can be split, the largest groups of records that belong to no cell become cells.
+    A cell is the set of records of a prototype. If no cell can be split, records without a cell form new cells: all
+    records with the same image cluster and text cluster become one cell, the largest first.
     """
     result = list(cells)
     matched = np.zeros(len(a), bool)
@@ -239,7 +240,7 @@ def _unmatched(a: RecordIds, b: RecordIds, matched: Bool[np.ndarray, " N"]) -> l
 
 
 def _centres(a: RecordIds, b: RecordIds, partner: RecordIds, empty: RecordIds) -> list[PairMembers]:
-    """For each image cluster in `empty`, return all records of this cluster and all records of its text cluster."""
+    """For each image cluster in `empty`, return all its records and all records of the matched text cluster."""
     cells = [PairMembers(np.flatnonzero(a == i), np.flatnonzero(b == partner[i])) for i in empty]
     return [cell for cell in cells if len(cell.images) and len(cell.texts)]
 
@@ -270,10 +271,10 @@ def _units(rows: Rows) -> Rows:
 def retrieved(
     queries: Float32[np.ndarray, "M D"], rows: Rows, among: RecordIds, repeats: bool
 ) -> Int64[np.ndarray, " M"]:
-    """Return, for each query, the row number in `among` with the highest cosine, the first of equal rows.
+    """For each query, return the row number in `among` with the highest cosine; of equal rows, the first is returned.
 
-    Without `repeats` each row is used at most once, and the sum of cosines is maximal; raises `ValueError` if there are
-    then fewer rows than queries.
+    Without `repeats`, each row is used at most once, and the sum of the cosines is the highest possible. `ValueError`
+    is then raised if there are fewer rows than queries.
     """
     count = len(queries)
     if not repeats and len(among) < count:
@@ -292,7 +293,7 @@ def retrieved(
 
 
 def _best(queries: np.ndarray, rows: Rows, among: RecordIds, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids (M, k) of the k rows with the highest cosines to each query, highest first, and these cosines."""
+    """For each query, return the ids (M, k) of the k rows with the highest cosines, highest first, and the cosines."""
     ids, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
     among = np.sort(among)
     for start in range(0, len(among), CHUNK):

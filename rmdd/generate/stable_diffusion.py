@@ -72,12 +72,12 @@ def generator_part(name: str) -> PretrainedModel:
 
 
 def diffusion_of(folder: Path, device: torch.device) -> Diffusion:
-    """Load the diffusion model in `folder`, in float32, on `device` if the machine has a GPU, otherwise on the CPU."""
+    """Load the diffusion model in `folder` in float32, to `device` if the machine has a GPU, otherwise to the CPU."""
     return Diffusion(load_pipeline(folder).to(device if torch.cuda.is_available() else "cpu"))
 
 
 def latent_shape(folder: Path, size: int) -> tuple[int, int, int]:
-    """Return channels, rows and columns of the latent of an image of side `size`, for the pipeline in `folder`."""
+    """Return the channels, rows and columns of a latent, for images of side `size` and the pipeline in `folder`."""
     vae = read_json(folder / "vae" / "config.json")
     rows, columns = grid_of(len(vae["block_out_channels"]), size)
     return int(vae["latent_channels"]), rows, columns
@@ -139,7 +139,7 @@ class FromCaption:
 
 
 class FromLatent(FromCaption):
-    """A decoder that adds noise to the latent `mode` of a pair and runs the last fraction `strength` of the steps."""
+    """A decoder that adds noise to a pair's latent `mode` and runs only the last steps (a fraction `strength`)."""
 
     kind = "StableDiffusionImg2Img"
 

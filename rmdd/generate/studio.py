@@ -1,4 +1,4 @@
-"""The studio, with which a generative method computes features, runs models on workers and writes its pairs.
+"""The studio. A generative method uses it to compute features, to run models on workers and to write pairs.
 
 Shapes: M pairs of the phase, F features of a text, S x S pixels of a picture.
 """
@@ -82,10 +82,10 @@ class Studio:
         return device_of(self.run.runtime)
 
     def stream(self, title: str, unit: str, here: bool = False) -> Stream:
-        """Return a function `(make, items)` that processes work items on the workers (with `here`: in this process).
+        """Return a function `(make, items)` that processes work items on the workers or, with `here`, in this process.
 
-        The function shows progress, and can be interrupted between two items. The callable that `make()` returns is
-        called with each item; it returns the work done, as `{unit: count}`.
+        The function shows progress, and can be interrupted between two items. `make()` returns a callable that
+        processes one item and returns the amount of work done, as `{unit: count}`.
         """
         stream = with_progress(self.tools.progress, title, unit, sequential_stream if here else self.tools.encoders)
 
@@ -109,11 +109,11 @@ class Studio:
         batch: int = 1,
         here: bool = False,
     ) -> list[Path]:
-        """Generate the images of all pairs and return the paths; existing images of equal requests are kept.
+        """Generate the images of all pairs and return their paths; an existing image of an equal request is kept.
 
-        `requests` holds JSON values for each pair, to which `index` and `seed` are added; row i of each tensor belongs
-        to pair i. `make` returns the decoder and must be picklable; it is called in the workers, or in this process
-        with `here`.
+        `requests` holds JSON values for each pair; `index` and `seed` are added to them. Row i of each tensor belongs
+        to pair i. `make` returns the decoder and must be picklable. It is called in the workers (with `here`, in this
+        process).
         """
         numbered = [{**request, "index": i, "seed": self.seed} for i, request in enumerate(requests)]
         write_requests(self.folder, numbered, dict(tensors or {}))
@@ -165,7 +165,7 @@ class Studio:
         save_set(synthetic, self.folder / "set-000001.safetensors")
 
     def embedded(self, captions: Sequence[str]) -> Float[Tensor, "M F"]:
-        """Embed captions with the text tower of the run, after cleaning them like the captions of the dataset."""
+        """Clean captions by the rules for the dataset's captions, and embed them with the text tower of the run."""
         run = self.run
         cleaned = [clean(caption, run.data.captions) for caption in captions]
         features = embed(

@@ -23,7 +23,7 @@ TUNED = "tuned.safetensors"
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
 SKIPS = 20
-"""Number of consecutive steps with a non-finite loss or gradient after which training stops with an error."""
+"""Training stops with an error after this many consecutive steps with a non-finite loss or gradient."""
 
 
 @runtime_checkable

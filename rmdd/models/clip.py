@@ -1,8 +1,8 @@
 """Pretrained CLIP models, which turn images and captions into features of one common space.
 
-The image processor saved with a model resizes and crops the images (no augmentation). Captions are cleaned by the
+The image processor saved with a model resizes and crops the images, without augmentation. Captions are cleaned by the
 default caption rules (lower case, no punctuation, at most 30 words). Features are not scaled to unit length, because
-unCLIP decoders use their length. Shapes: n images or captions, D features of each.
+unCLIP decoders use the length of a feature vector. Shapes: n images or captions, D features of each.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def clip_part(name: str, option: str = "") -> PretrainedModel:
 
 
 def projection_width(folder: Path) -> int:
-    """Return D, the number of features of an image or caption, for the CLIP model in `folder`."""
+    """Return D: the number of features that the CLIP model in `folder` computes for an image or a caption."""
     return int(read_json(folder / "config.json")["projection_dim"])
 
 

@@ -1,7 +1,8 @@
 """The dual encoder: an image tower, and projections of images and texts into one space (the joint space).
 
-The score of an image and a text is their cosine / temperature. The text tower is frozen, so the model takes text
-embeddings instead of captions. Shapes: B pairs, F features of a text, D features in the joint space, H x W pixels.
+The score of an image and a text is the cosine of their projections, divided by the temperature. The text tower is
+frozen, so the model takes text embeddings instead of captions. Shapes: B pairs, F features of a text, D features in the
+joint space, H x W pixels.
 """
 
 import contextlib
@@ -117,7 +118,7 @@ def tower_of(name: str) -> str:
 
 
 def check_same_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `ValueError` unless the parameters in `actual` have the names, order and shapes of those in `expected`."""
+    """Raise `ValueError` unless `actual` and `expected` have the same parameter names and shapes, in the same order."""
     if list(expected.items()) == list(actual.items()):
         return
     missing = [n for n in expected if n not in actual][:3]
@@ -136,8 +137,8 @@ def build(model: config.Model, text_width: int, image_size: int, seed: int, who:
     """Build a dual encoder with newly initialised projections.
 
     `who` (such as `expert` or `student`) and `index` select the random numbers, so each expert and each student starts
-    with different projections. Image towers with weights `random` differ as well; with other weights (`pretrained`,
-    a file, `random:SEED`) all experts and students start with the same image tower.
+    with different projections. Image towers with weights `random` also differ. With all other weights (`pretrained`, a
+    file, `random:SEED`), all experts and students start with the same image tower.
     """
     tower = build_image_tower(model.image, generator(seed, f"{who} tower", index), image_size)
     with torch.random.fork_rng(devices=[]):

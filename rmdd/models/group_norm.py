@@ -1,19 +1,20 @@
 """Group normalisation (alone, or followed by ReLU and 2x2 average pooling) and SiLU, with fast second derivatives.
 
 N images, C channels in G groups, H x W pixels. The speed of these operations is limited by memory, not by arithmetic.
-If they are composed of torch operations, their second derivative reads and writes the largest feature maps of a network
-about forty times. This module saves only the input, and computes each derivative from sums per image and channel (one
-pass over the feature maps) and one linear combination of feature maps.
+When such an operation is composed of torch operations, its second derivative reads and writes the largest feature maps
+of a network about forty times. This module saves only the input of an operation. Each derivative is one linear
+combination of feature maps; its coefficients are computed from sums per image and channel (one pass over the maps).
 
 Let r = 1 / deviation, xh = (x - mean) r the normalised input, z = w xh + b the output, h the gradient of a loss in z,
-and m(.) the mean over a group of channels. The gradients in x, w and b, and the tangent of z for tangents dx, dw, db:
+and m(.) the mean over the channels and pixels of a group. These are the gradients in x, w and b, and the tangent of z
+for the tangents dx, dw and db of x, w and b:
 
     gradient    gx = r (w h - m(w h) - xh m(w h xh)),  gw = sum h xh,  gb = sum h
     tangent     dz = w r (dx - m(dx) - xh m(dx xh)) + dw xh + db
 
-The gradient and the tangent are adjoint, so the same formulas give the derivative of either one. One implementation
-serves both reverse mode over reverse mode and reverse mode over forward mode. torch's forward mode of batch and layer
-norm must not be differentiated again: torch 2.15 then silently treats the mean and the deviation as constants.
+The gradient and the tangent are adjoint, so the same formulas give the derivatives of both. One implementation
+therefore serves reverse mode over reverse mode and reverse mode over forward mode. Do not differentiate torch's own
+forward mode of batch norm or layer norm again: torch 2.15 then silently treats the mean and the deviation as constants.
 """
 
 import math
@@ -44,10 +45,10 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """A context in which torch's layer norm, group norm, SiLU and softmax are replaced by the versions in this module.
+    """A context in which this module's versions replace torch's layer norm, group norm, SiLU and softmax.
 
-    The batch norm with which timm standardises convolution weights is replaced too, and the convolution of a single
-    pixel becomes a matrix product.
+    The context also replaces the batch norm with which timm standardises convolution weights, and computes the
+    convolution of a single pixel as a matrix product.
     """
 
     def __torch_function__(
@@ -282,7 +283,8 @@ def _second(
 
 
 def _statistics(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Return 1 / deviation and mean, per image and channel, and a function that turns pixel sums into group means."""
+    """Return 1 / deviation and the mean, each per image and channel. The third result is a function that turns sums
+    over the pixels of each channel into means over each group."""
     (n, groups), size = mean.shape, x[0].numel() // mean.shape[1]
     channels = x.shape[1] // groups  # number of channels in each group
     r, mu = rstd.repeat_interleave(channels, 1), mean.repeat_interleave(channels, 1)
@@ -295,7 +297,7 @@ def _before_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Te
 
 
 def _before_pool(g: Tensor, z: Tensor | None) -> Tensor:
-    """Return the gradient in the output z of the norm, given the gradient g after ReLU and pooling. Overwrites z."""
+    """Return the gradient in the norm's output z, given the gradient g in the output of the pooling. Overwrites z."""
     return g if z is None else F.interpolate(g / 4, scale_factor=2.0).mul_(torch.gt(z, 0, out=z))
 
 
@@ -308,8 +310,8 @@ def _sum(a: Tensor) -> Float[Tensor, "N C"]:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Return `x` contiguous. On a CPU, feature maps become channels-last, which makes pooling and the first convolution
-    several times faster; on other devices, the norm supports only the standard layout."""
+    """Return `x` as a contiguous tensor. On a CPU, feature maps become channels-last, because this layout makes pooling
+    and the first convolution several times faster. On other devices, the norm supports only the standard layout."""
     last = x.dim() == 4 and x.device.type == "cpu"
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 

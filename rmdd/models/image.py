@@ -34,9 +34,9 @@ class Support(Enum):
     UNTESTED = "untested"
 
 
-# A key is a timm module (a family of models), or a single model if the models of its module differ in support. Families
-# that may call torch's fused attention, which has no second derivative, have support MATH. Families with support NO use
-# hardsigmoid, which torch cannot differentiate twice.
+# A key is a timm module (a family of models), or a single model if the models of a module differ in support. MATH: the
+# models may call torch's fused attention, which has no second derivative. NO: the models use hardsigmoid, which torch
+# cannot differentiate twice.
 SUPPORT: dict[str, Support] = {
     "convnet": Support.YES,
     **dict.fromkeys(
@@ -57,7 +57,7 @@ SUPPORT: dict[str, Support] = {
 
 
 def double_backward(name: str) -> Support:
-    """Return whether a gradient through the tower `name` can be differentiated again, as measured for its family."""
+    """Return whether gradients through the tower `name` can be differentiated again (measured per family of towers)."""
     if name == "convnet" or name.startswith(HUB_PREFIXES):
         return SUPPORT.get(name, Support.UNTESTED)
     import timm
@@ -90,7 +90,7 @@ def _trained_architectures(module: nn.Module) -> list[str]:
 
 
 def build_image_tower(tower: ImageTower, generator: torch.Generator, image_size: int = 224) -> nn.Module:
-    """Build a tower (B, 3, image_size, image_size) -> (B, width) with its output width as the attribute `width`.
+    """Build a tower that maps (B, 3, image_size, image_size) to (B, width); this width is the attribute `width`.
 
     All random weights come from `generator`; running statistics of batch norms are frozen. Raises `ValueError` for
     unknown names, for weights that are unavailable or do not fit, and for images that are too small.
@@ -114,7 +114,7 @@ def _generator_of(tower: ImageTower, generator: torch.Generator) -> torch.Genera
 
 
 def normalisation_of(tower: ImageTower) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return the pixel means and standard deviations, per colour channel, with which a timm tower was trained."""
+    """Return the mean and deviation, per colour channel, that normalised the training images of a timm tower."""
     if tower.name == "convnet":
         raise ValueError("convnet defines no normalisation; set data.normalise to clip, imagenet or half")
     import timm
@@ -159,8 +159,8 @@ def freeze_statistics(module: nn.Module) -> nn.Module:
     """Keep layers with running statistics in eval mode, even after a call of `train()`.
 
     The outputs of a student must depend only on its parameters. If batches changed the running statistics, a training
-    step that is recomputed in the backward pass would differ from the original step, and checkpoints, which hold only
-    parameters, would be incomplete.
+    step that is recomputed in the backward pass would differ from the original step. Checkpoints would be incomplete,
+    because they hold only parameters.
     """
     for layer in module.modules():
         if layer._buffers.keys() & {"running_mean", "running_var"}:

@@ -1,6 +1,6 @@
-"""Losses between scores (`logits`) and target similarities of the images and texts in a mini-batch of B pairs.
+"""Losses that compare scores (`logits`) with target similarities, for all images and texts in a batch of B pairs.
 
-Rows are images, columns are texts. All losses are differentiable in the scores and in the similarities.
+In both matrices, rows are images and columns are texts. All losses are differentiable in both matrices.
 """
 
 import torch
@@ -14,8 +14,8 @@ FLOOR = 1e-6
 def wbce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
     """Weighted binary cross-entropy of LoRS: (mean over positive entries + mean over negative entries) / 2.
 
-    An entry is positive if its similarity is above 0.5. The factor 1/2 and the 1e-6 that is added to probabilities and
-    counts come from the released code of LoRS; the paper does not mention them.
+    An entry is positive if its similarity is above 0.5. The factor 1/2, and the 1e-6 added to probabilities and counts,
+    come from the released code of LoRS; the paper mentions neither.
     """
     p = torch.sigmoid(logits)
     entry = -similarity * torch.log(p + FLOOR) - (1 - similarity) * torch.log(1 - p + FLOOR)
@@ -39,7 +39,7 @@ def bce(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float
 
 
 def cwcl(logits: Float[Tensor, "B B"], similarity: Float[Tensor, "B B"]) -> Float[Tensor, ""]:
-    """Cross-entropy as in `infonce`, but the similarities of each image (or text) are divided by their sum + 1e-6."""
+    """Cross-entropy as in `infonce`; the targets are the similarities of each image (or text) / (their sum + 1e-6)."""
     by_image = similarity / (similarity.sum(dim=1, keepdim=True) + FLOOR)
     by_text = similarity / (similarity.sum(dim=0, keepdim=True) + FLOOR)
     row, column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)

@@ -53,7 +53,7 @@ def embed(
     threads: int | None = None,
     stream: Stream = sequential_stream,
 ) -> Float32[np.ndarray, "T F"]:
-    """Embed captions, in order; return a read-only memory map of a file in the folder `cache`.
+    """Return the embeddings of captions, in order, as a read-only memory map of a file in the folder `cache`.
 
     `captions` is iterated twice, with at most `BLOCK` captions in memory. `stream` distributes blocks to workers, which
     must be able to access `cache`. Finished blocks are reused after an interruption, and a caption that repeats in a
@@ -125,7 +125,7 @@ def text_width(tower: TextTower) -> int:
 
 
 def encoder_identity(tower: TextTower) -> str:
-    """Return a hash of the encoder's files, or of its hub id and commit, independent of `pooling` and `max_tokens`."""
+    """Return a hash of the encoder's files, or of its hub id and commit (but not of `pooling` and `max_tokens`)."""
     if tower.name == "hashing":
         return _sha256([f"hashing {HASHING_VERSION}"])
     source = _source(tower)

@@ -1,7 +1,7 @@
 """Time and memory of herding, k-center and medoids on generated features on disk.
 
 Features are float16 or float32 rows of unit length around random centres, generated once. Each method runs in a
-separate process, whose peak memory is the proportional set size, including mapped pages of the features.
+separate process. Peak memory is this process's highest proportional set size, including mapped pages of features.
 """
 
 import resource

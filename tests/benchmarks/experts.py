@@ -1,4 +1,4 @@
-"""Cost of training many experts: sequentially, with a pool of actors, with one Ray Train run, or one run per expert.
+"""Cost of training many experts: sequentially, with a pool of actors, with one Ray Train run, or with one per expert.
 
 Each of these four ways trains the same tiny experts in a separate process and storage. Seconds are those of the
 pipeline step that trains experts; the start of Ray is listed separately. Memory is the peak of the proportional set
@@ -39,7 +39,7 @@ class Case:
 
 
 def run_of(case: Case, way: str, storage: Path) -> config.Run:
-    """Return a run on synthetic scenes that trains its experts in the way `way`, one of `WAYS`."""
+    """Return the config of a run that trains experts on synthetic scenes in the way `way` (one of `WAYS`)."""
     return config.load(
         {
             "name": "bench",

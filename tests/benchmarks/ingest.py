@@ -1,7 +1,7 @@
 """Speed and memory of an ingest, compared with a sequential loop and a torch DataLoader that do the same work.
 
-The work: find, read and decode each image file, hash the pair, write it to Parquet shards. Each variant runs in a
-separate process; peak memory is the sum of the proportional set sizes of the process and its descendants.
+All variants find, read and decode each image file, hash the pair and write it to Parquet shards. Each variant runs in a
+separate process. Peak memory is the sum of the proportional set sizes of the process and its descendants.
 """
 
 import csv

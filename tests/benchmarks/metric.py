@@ -23,7 +23,7 @@ class Case:
 
 
 def bench_metric(case: Case, repeats: int = 3) -> common.Numbers:
-    """Measure the ranking in both directions: the smallest wall and CPU seconds of `repeats` runs, and memory.
+    """Return the smallest wall and CPU seconds of `repeats` rankings in both directions, and their memory.
 
     Memory is the peak of the process in bytes, and the bytes that the ranking adds to the memory used before.
     """

@@ -1,8 +1,8 @@
 """Time of parallel phases and of the same phases run sequentially, one thread each, measured alternately.
 
-The benchmark prints three ratios of parallel to sequential wall time. `work` is from the start of the first phase to
-the end of the last, `workers` adds the start of the workers, and `ray` also the start of Ray.
-Sequential runs start neither workers nor Ray.
+The benchmark prints three ratios of parallel to sequential wall time. The ratio `work` covers the time from the start
+of the first phase to the end of the last. `workers` also covers the start of the workers, and `ray` covers the start of
+Ray as well. Sequential runs start neither workers nor Ray.
 """
 
 import os
@@ -113,7 +113,7 @@ def _run_of(case: Case, phases: int, storage: Path) -> config.Run:
 
 
 def _items(run: config.Run, folder: Path) -> list[TaskItem]:
-    """Write initial sets of all phases, and as expert trajectory a random walk, which costs as much as a real one."""
+    """Write the initial sets of all phases. The expert trajectory is a random walk, as costly as a real one."""
     places = RunPaths(folder, folder, folder / "store", folder / "phases", folder, folder)
     width, size = text_width(run.model.text), run.stored_size
     store, random = begin_store(run, places.store, width, {}), generator(0, "bench phases")

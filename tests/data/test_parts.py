@@ -28,7 +28,7 @@ PAIRS = 60
 
 @pytest.fixture
 def data(root, put):
-    """Fixture: config of sixty noise images, three of them unusable, that an ingest divides into about twenty parts."""
+    """Fixture: config of sixty noise images, three of them unusable; an ingest divides them into about twenty parts."""
     draws = np.random.default_rng(0)
     lines = ["image,caption,split"]
     for i in range(PAIRS):
@@ -43,7 +43,7 @@ def data(root, put):
 
 
 def files(folder):
-    """Return the content of a dataset's files by name, without the manifest's command line, which differs per run."""
+    """Return the content of a dataset's files by name; leave out the manifest's command line, which differs per run."""
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads(contents.pop("manifest.json"))
     manifest.pop("command")

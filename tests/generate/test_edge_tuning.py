@@ -78,8 +78,8 @@ def test_losses_decrease_and_only_the_selected_parameters_change(make):
 
 
 def test_the_gradient_equals_the_paper_formula_written_out(make):
-    """Check `recipe: corrected`: the UNet gets noisy latents z_t, the clean estimate z^ is divided by the scaling
-    factor of the VAE before decoding, and pixels are normalised as CLIP expects."""
+    """Check the formula of `recipe: corrected`. The UNet gets noisy latents z_t, the VAE decodes the clean estimate z^
+    divided by the VAE's scaling factor, and pixels are normalised as CLIP expects."""
     trainer = make(anchor=0.5, clamp=None, size=32)
     report, grads = gradients(trainer)
     batch, d = trainer.batch(0), trainer.diffusion

@@ -67,7 +67,7 @@ def test_losses_decrease_and_frozen_parts_do_not_change(make, residual):
 
 
 def test_a_step_accumulates_batches_and_is_clipped(make):
-    """Check the weights of both losses, the mean over accumulated batches, and the maximum of the gradient norm."""
+    """Check the weights of both losses, the mean over accumulated batches, and the clipping of the gradient norm."""
     trainer = make(accumulate=2, dropout=0.0, drop_text=0.0, drop_entries=0.0, text_noise=0.0, residual=False, clip=0.1)
     report = trainer.gradient(0)
     clipped = [p.grad.clone() for p in trainer.parameters.values()]

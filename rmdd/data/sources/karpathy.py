@@ -1,7 +1,7 @@
 """Karpathy's `dataset_*.json`: one file with all splits, `{"dataset": ..., "images": [{filename, split, sentences}]}`.
 
-The split `restval` is part of train, as in all papers. Captions come from the field `raw` of a sentence, because its
-`tokens` lack case and punctuation.
+The split `restval` is part of train, as in all papers. Captions come from the field `raw` of a sentence, because the
+field `tokens` lacks case and punctuation.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The train list has one record per caption; the val and test lists have one record per image, whose `caption` is a list.
 CC3M has one record per caption in all splits. Every split accepts both forms of records. Some original releases are
-accepted too: Flickr8k's token file with its three lists of image names, and Kaggle's `captions.txt`. Flickr30k's token
-file, and the `metadata.json` or `chat.json` of LLaVA's CC3M, have no published splits and are split by a hash of the
-image path (CC3M into splits of exact sizes).
+accepted too: Flickr8k's token file with its three lists of image names, Kaggle's `captions.txt`, Flickr30k's token
+file, and the `metadata.json` or `chat.json` of LLaVA's CC3M. The last two have no published splits, so a hash of the
+image path chooses the splits (for CC3M, splits of exact sizes).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _cut_exactly(rows: Iterator[AnnotationRow], shares: Shares) -> Iterator[Anno
 
 
 def ends(total: int, shares: Shares) -> tuple[int, int]:
-    """Return the ends (exclusive) of train and val when `total` images are divided in the shares (train, val, test).
+    """Divide `total` images by the shares (train, val, test); return the ends (exclusive) of train and val.
 
     >>> ends(595_375, (0.6, 0.2, 0.2))  # 357,225, 119,075 and 119,075
     (357225, 476300)

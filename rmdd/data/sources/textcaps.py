@@ -1,7 +1,7 @@
 """TextCaps: `{"dataset_name", "data": [{image_id, caption_str, reference_strs, ...}]}`, one record per caption.
 
 The captions of the official test split are not public, so the official val split is used as test, and a hash moves
-images from train to a new val split. The images of train and val are in `train_images`; `image_path` is ignored.
+images from train to a new val split. The images of train and val are in `train_images`. `image_path` is not used.
 """
 
 from __future__ import annotations
