@@ -15,7 +15,7 @@ UNUSABLE = 2
 def main(command: str, option: bool = False) -> None:
     """Run `rmdd COMMAND CONFIG --set ...` for a job started as `python jobs/X.py --config CONFIG --set ...`.
 
-    If `option` is true, the command gets CONFIG as `--config CONFIG`. The exit code is the exit code of the command.
+    If `option` is true, the command gets `--config CONFIG` instead of CONFIG. The exit code is that of the command.
     """
     description = f"Run rmdd {command} as a Ray job. All other arguments are passed to `rmdd {command}`."
     parser = argparse.ArgumentParser(description=description)

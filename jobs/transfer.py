@@ -1,4 +1,4 @@
-"""Ray job: train students with different towers on a distilled set, whose path must exist on Ray's head node.
+"""Ray job: train students with different towers on the distilled set SET, a path on Ray's head node.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/transfer.py --config CONFIG \\
   SET --to TOWER

@@ -1,4 +1,4 @@
-"""`rmdd.run` and `Pipeline`: all steps of one run, from ingest and experts to evaluation, export and report.
+"""`rmdd.run` and `Pipeline` execute all steps of one run, from ingest and experts to evaluation, export and report.
 
 `Pipeline` calls the steps in the right order; `rmdd.runs.steps` implements them. The name of a result's folder contains
 a hash of the settings that the result depends on, so runs that differ only in evaluation share experts and phases.
@@ -201,7 +201,7 @@ class Pipeline:
         self.steps.backend, self.steps.progress = backend, progress
 
     def prepared_split(self, split: str) -> PreparedSplit:
-        """Return a split (train, val or test) with the embeddings of its captions, which must be in the cache."""
+        """Return a split (train, val or test) with the embeddings of its captions; the cache must contain them."""
         return self.item().source.open(split)
 
     def embedded(self, split: str) -> PreparedSplit:

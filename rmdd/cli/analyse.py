@@ -110,7 +110,7 @@ def linearity(
 
 
 def _output(result: dict[str, Any]) -> Output:
-    """Return an `Output` with the rows, note and file names of an analysis, and with an error if rows failed."""
+    """Return the rows, note and file names of an analysis as an `Output`, with an error if runs of some rows failed."""
     rows = result["rows"]
     notes = [result["note"]] if "note" in result else []
     lines = [rows_table(rows), *notes, *(f"wrote {file}" for file in result["files"])]

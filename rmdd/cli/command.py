@@ -74,7 +74,7 @@ class Call:
 
     quiet: bool = False
     folders: dict[Path, str] = field(default_factory=dict)
-    """Folders that this call works in and that can be resumed, each with the path or URI that the user sees."""
+    """Folders whose work can be resumed after this call, each with the path or URI that the user sees."""
     more: dict[str, Any] = field(default_factory=dict)
     """Values that `--json` prints besides `Output.facts`: the run's folder and, if its storage is at a URI, its URI."""
 
@@ -91,7 +91,7 @@ class Call:
 
     @contextlib.contextmanager
     def working(self, folder: Path | None = None, address: str = "") -> Iterator[Progress]:
-        """Yield a progress display for the work of a command in `folder`, which can be resumed at `address`.
+        """Yield a progress display for work in `folder`, which a user can resume by the path or URI `address`.
 
         In the block, stdout is redirected to stderr, so that the prints of libraries do not mix with the output.
         """
@@ -192,7 +192,7 @@ def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = 
         return "".join(f"{words}: rmdd resume {shlex.quote(address)}" for address in resumable)
 
     def words(error: Exception) -> str:
-        """Return the message of an error, and the notes that name the worker process in which it was raised."""
+        """Return the message of an error, with its notes, which name the worker process that raised the error."""
         return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
     try:
@@ -226,7 +226,7 @@ def print_json(value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace non-finite floats by None, because JSON has no NaN (the spread of a single student is NaN)."""
+    """Replace non-finite floats, such as the spread of a single student, by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -52,7 +52,7 @@ def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """Return a table with R@mean on val and all recalls on test, for random pairs, the distilled set and full data."""
+    """Return a table of R@mean on val and recalls on test, with a row for each kind of training set."""
     caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
     table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
@@ -71,7 +71,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of runs (with the spread over students), then of settings (with the spread over seeds)."""
+    """Return a table with the runs (and the spread over students) above the settings (and the spread over seeds)."""
     table = Table(
         title="R@mean in %, mean ± spread", caption="below the line: spread over seeds", caption_justify="left"
     )
@@ -192,7 +192,7 @@ def duration(seconds: float) -> str:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table that compares first-order with exact meta-gradients of every tensor, by cosine and norm ratio."""
+    """Return a table of the cosine and the norm ratio of the first-order and exact meta-gradients of every tensor."""
     table = Table(title="first-order and exact meta-gradient: cosine (norm ratio)")
     table.add_column("iteration", justify="right")
     for name in medians:

@@ -12,7 +12,7 @@ from rmdd.runs.absolute import with_absolute_paths
 
 
 def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
-    """Load a run and make its paths absolute, so that it can be resumed from any working folder.
+    """Load a run and make its paths absolute, so that the run can be resumed from any working folder.
 
     The run's hash contains the paths of local weights and text encoders, so a run with different paths is a new run.
     """
@@ -22,8 +22,8 @@ def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
 def load_folder(address: str) -> config.Run:
     """Load the run of a run folder, given as a path or URI.
 
-    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if its storage has a layout
-    number that this version of rmdd does not read.
+    Raises `ConfigError` if `address` is not a run folder, and `ValueError` if this version of rmdd cannot read the
+    layout of the folder's storage.
     """
     storage, file = locate_file(address, "run.yaml", depth=1)
     if not file.is_file():

@@ -57,7 +57,7 @@ def run_file(name: str) -> str:
 
 
 def _table(files: dict[str, list[str]]) -> Table:
-    """Return a table with a section per dataset and a row per preset file, which lists the budgets of the file."""
+    """Return a table with a section per dataset and a row per preset file; each row lists the budgets of its file."""
     caption = (
         "A preset is a file and a budget, such as flickr30k_lors_500.\n"
         "rmdd presets DATASET lists one dataset, rmdd presets FILE prints a file,\n"
@@ -116,5 +116,5 @@ def _opening(block: list[str]) -> list[str]:
 
 
 def _inner(block: list[str]) -> list[str]:
-    """Return the lines of the value in a block that `_blocks` returned, indented by two spaces less."""
+    """Return the value in `block` (a result of `_blocks`) as lines, each with two spaces less of indentation."""
     return [line[2:] for line in block if line.startswith(" ")]

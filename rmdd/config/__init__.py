@@ -1,7 +1,7 @@
-"""The run file as typed, frozen pydantic models, one per section: all settings of a run.
+"""All settings of a run, as typed, frozen pydantic models: one model per section of the run file.
 
 This package imports neither torch nor ray. Fields that cannot change a result (paths, retry limits, how often to save)
-are not hashed; each is marked where it is declared (see `rmdd.config.hashing`).
+are not hashed; each such field is marked where it is declared (see `rmdd.config.hashing`).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Run(Section):
 
     @property
     def endpoints(self) -> tuple[int, ...]:
-        """Expert epochs, besides epoch 0, that an expert store must keep for this run.
+        """Epochs, besides epoch 0, whose expert parameters an expert store must keep for this run.
 
         The last epoch is always among them, because its parameters give the score of training on the full data.
         """
@@ -176,7 +176,7 @@ class Run(Section):
         return f"{self.name}-{self.hash_of()[:8]}"
 
     def hash_of(self, *sections: str) -> str:
-        """Return a hash of the sections with these names; if none is given, of all sections that can change a result.
+        """Return a hash of the given sections; by default, of all sections that can change a result.
 
         The hash depends on the seeds, but not on paths or other fields that cannot change a result.
         """
@@ -273,7 +273,7 @@ def _keep_possible_endpoints(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe | None, list[str]]:
-    """Return the class of the method that an override or the run file names, and errors if no method has that name."""
+    """Return the class of the method that an override or the run file names, or None and an error message."""
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
         if override.startswith("distill.method="):

@@ -1,9 +1,9 @@
-"""The cost of a distilled set, counted in stored numbers: a learned similarity matrix costs as much as some pairs.
+"""The cost of a distilled set is a count of all its stored numbers, including those of learned similarity matrices.
 
-The unit of a budget is one pair: an image and a text embedding of width F, 3 * size^2 + F numbers. Images stored at a
-smaller size cost less. A phase of M pairs also costs M^2 numbers for a full similarity, M + 2 M R for one of rank R, or
-none for the identity. The two learning rates of a phase are counted only if it has a learned similarity, as in the
-published tables. So a set without a learned similarity has as many pairs as its budget.
+The unit of a budget is one pair, an image and a text embedding of width F: `3 * size^2 + F` numbers. Images stored at a
+smaller size cost less. A phase of M pairs also costs `M^2` numbers for a full similarity, `M + 2 M R` for one of rank
+R, and none for the identity. The two learning rates of a phase are counted only if it has a learned similarity, as in
+the published tables. So a set without a learned similarity has as many pairs as its budget.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def check(
     rank: int = 0,
     stored_size: int | None = None,
 ) -> str | None:
-    """Return an error message if phases with these numbers of pairs cost more than `budget` pairs, otherwise None."""
+    """Return an error message if phases with as many pairs as `pairs` says cost more than `budget` pairs, or None."""
     unit = pair_parameters(image_size, text_width)
     needed = cost(pairs, stored_size or image_size, text_width, kind, rank)
     if needed <= budget * unit:

@@ -192,7 +192,7 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out of a dataset's hash the fields of unused sources and, without `reencode`, those about decoding."""
+        """Leave fields of unused sources out of a dataset's hash and, without `reencode`, fields about decoding too."""
         if purpose != "ingest":
             return ()
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]

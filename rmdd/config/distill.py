@@ -18,8 +18,9 @@ S = TypeVar("S", bound=Section)
 
 
 class Phase(Section):
-    """A phase: one group of synthetic pairs. Each iteration draws a start epoch in [start, stop), trains a student from
-    there, and matches it to a later point of the expert trajectory, which ends at `endpoint`."""
+    """A phase: one group of synthetic pairs. Each iteration draws a start epoch in [start, stop) and trains a student
+    from the expert at that epoch. The student is then matched to a later point of the expert trajectory, which ends at
+    `endpoint`."""
 
     pairs: PositiveInt = Field(description="number of synthetic pairs (M) of this phase")
     start: Annotated[int, Field(ge=0)] = Field(0, description="first expert epoch at which a student may start")
@@ -104,7 +105,7 @@ WORDS = ("auto", "adaptive")
 """Words that `distill.phases` accepts instead of a list."""
 
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
-"""Names of the fields on which `Distill.reach` depends, for error messages about the last epoch that a phase needs."""
+"""Fields on which `Distill.reach` depends. If one is invalid, the last epoch that a phase needs is not checked."""
 
 
 class Distill(Section):
@@ -243,7 +244,7 @@ class Distill(Section):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The class of the distillation method (its recipe), or None if there is no method of that name."""
+        """The class of the distillation method (its recipe), or None if no method has the name `method`."""
         try:
             return recipes.find(self.method)
         except ValueError:

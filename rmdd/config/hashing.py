@@ -1,8 +1,9 @@
 """Hashes of the run file, by which results, experts and caches are found again.
 
-A hash has a purpose, such as "experts", and contains the fields that can change the result of that purpose. A field is
-in all hashes that contain its section, unless it is declared with `no_hash(PURPOSES)`, which leaves it out of their
-hashes, or `hash_only(PURPOSES)`, which leaves it out of all others. `Section.not_hashed` may leave out more fields.
+A hash has a purpose, such as "experts", and contains the fields that can change the result of that purpose. By default
+a field is part of every hash that contains its section. `no_hash(PURPOSES)` leaves a field out of the hashes for these
+purposes; `hash_only(PURPOSES)` leaves it out of the hashes for all purposes except these. `Section.not_hashed` may
+leave out more fields.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PURPOSES: tuple[str, ...] = get_args(Purpose)
 
 
 def no_hash(*purposes: Purpose) -> dict[str, Any]:
-    """Return the `json_schema_extra` of a field that is in no hash or, with `purposes`, not in the hashes of these."""
+    """Return the `json_schema_extra` of a field that the hashes for `purposes` (default: all hashes) leave out."""
     return {"hash": [p for p in PURPOSES if purposes and p not in purposes]}
 
 
@@ -43,7 +44,7 @@ def hash_only(*purposes: Purpose) -> dict[str, Any]:
 
 
 def purposes_of(field: FieldInfo) -> tuple[str, ...]:
-    """Return the purposes whose hash contains `field`, provided that the hash contains the section of the field."""
+    """Return the purposes for which `field` is hashed if its section is hashed."""
     mark = field.json_schema_extra
     purposes: Any = mark.get("hash") if isinstance(mark, dict) else None
     return PURPOSES if purposes is None else tuple(purposes)

@@ -197,7 +197,7 @@ class Experts(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave fields of unused features out of the hash, so that expert stores older than these fields stay valid."""
+        """Leave the fields of unused options out of the hash, so that older stores without these fields stay valid."""
         idle = {"shuffle": self.shuffle.kind == "global", "worker_group": self.worker_group.workers == 1}
         idle["forgetting"] = not self.forgetting
         return tuple(name for name, is_idle in idle.items() if is_idle)

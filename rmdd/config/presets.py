@@ -1,8 +1,8 @@
 """Reading run files: presets by name, YAML files by path, and the values that `extends` takes from other files.
 
 A file in the folder `rmdd/presets` has the runs of one method on one dataset. Each entry under `budgets` is a preset,
-named after the file and the entry's key: the entry `500` of `flickr30k_lors.yaml` is `flickr30k_lors_500`. It has the
-values of its entry, then those above `budgets`, then those of the file's `extends`. `extends` has two special uses:
+named after the file and the entry's key: the entry `500` of `flickr30k_lors.yaml` is `flickr30k_lors_500`. A preset has
+the values of its entry, then those above `budgets`, then those of the file's `extends`. `extends` has two special uses:
 
 - above `budgets`, it can name a file with budgets: each entry then extends the entry with the same key in that file
 - in an entry, it can be the key of an entry of the same file, whose values then replace those above `budgets`
@@ -45,7 +45,7 @@ def find_preset(name: str) -> tuple[Path, str] | None:
 
 
 def preset(name: str) -> dict[str, Any] | None:
-    """Return the mapping of the preset `name` with `extends` unresolved, or None if no preset has this name."""
+    """Return the values of the preset `name`, without those of its `extends`; None if no preset has this name."""
     place = find_preset(name)
     if place is None:
         return None
@@ -79,10 +79,11 @@ def read(source: str | Path) -> dict[str, Any]:
 
 
 def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return `raw` with missing values from the preset or file that its key `extends` names; lists are not merged.
+    """Return `raw`, with missing values filled in from the preset or file that its key `extends` names.
 
-    `extends` is the name of a preset, or a path relative to `folder`. `chain` has the presets and files that led to
-    `raw`. Raises `ConfigError` when there is no such file, or when files extend each other in a circle.
+    `extends` is the name of a preset, or a path relative to `folder`. `chain` lists the presets and files whose
+    `extends` led to `raw`. Lists are not merged. Raises `ConfigError` when there is no such file, or when files extend
+    each other in a circle.
     """
     name = raw.pop("extends", None)
     if "budgets" in raw:

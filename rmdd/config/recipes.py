@@ -1,4 +1,4 @@
-"""Find a distillation method by its name: the built-in methods, and those of other packages.
+"""Find a distillation method by its name, among the built-in methods and those of other packages.
 
 A package adds a method by an entry point of the group `rmdd.methods`. A run file can also give an import path,
 `module:Class`. The class of a method (its recipe) is imported only when it is used, not by importing `rmdd.config`.
@@ -86,7 +86,7 @@ class Recipe(Protocol):
         ...
 
     def endpoint_of(self, rule: Any, epochs: int, phase: int) -> int:
-        """Return the last expert epoch that the phase with the index `phase` reads, if experts have `epochs` epochs."""
+        """Return the last expert epoch that phase number `phase` (from 0) reads; experts have `epochs` epochs."""
         ...
 
 

@@ -53,8 +53,8 @@ class Section(BaseModel):
         return []
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Return fields to leave out of the hash for `purpose`, because they have no effect with the values of
-        the other fields; see `rmdd.config.hashing`."""
+        """Return fields to leave out of the hash for `purpose`: those without effect, given the values of the other
+        fields; see `rmdd.config.hashing`."""
         return ()
 
     @model_validator(mode="after")
@@ -101,9 +101,9 @@ def parse(text: str) -> Any:
 
 
 def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mistakes: list[str]) -> None:
-    """Apply an override such as `a.b=c` to `raw`, in place; add an error message to `mistakes` if it is wrong.
+    """Apply an override such as `a.b=c` to `raw`, in place. If the override is wrong, add a message to `mistakes`.
 
-    An override of a list entry, such as `a.0=c`, starts from the list in `defaults` if `raw` has none.
+    An override of a list entry, such as `a.0=c`, changes the list in `raw` or else a copy of that in `defaults`.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -184,7 +184,7 @@ def _mistake(error: Any, listed_by: str) -> str:
 
     `listed_by` says where the valid keys are listed.
     """
-    # pydantic's location of an error also names the type of a union that was tried, such as `str`
+    # besides field names, pydantic's location of an error contains the union type that was tried, such as `str`
     place = error["loc"]
     if place[:2] == ("evaluate", "probes"):  # `place[3]` is the kind of the probe, not a field
         place = (*place[:3], *place[4:])

@@ -1,7 +1,7 @@
-"""Find a source of pairs by its name: the modules of `rmdd.data.sources`, and sources of other packages.
+"""Find a source of pairs by its name, among the modules of `rmdd.data.sources` and the sources of other packages.
 
-Each of these modules has the name of its source and defines `SOURCE`. A package adds a source by an entry point of the
-group `rmdd.sources`. A source is imported only when it is used, not by importing `rmdd.config`.
+A module of `rmdd.data.sources` has the name of its source and defines `SOURCE`. A package adds a source by an entry
+point of the group `rmdd.sources`. A source is imported only when it is used, not by importing `rmdd.config`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ OPTIONS = {
 def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a run file written by `rmdd.config.dump` of the previous release, with moved fields at their new place.
 
-    A field that is not an option of the run's method is removed if it has its former default. With another value it
-    stays, so that loading the file raises an error about it.
+    A field that is not an option of the run's method is removed if it has its former default. With a different value
+    the field stays, so that loading the file raises an error about it.
     """
     raw = copy.deepcopy(raw)
     experts, distill = raw.get("experts", {}), raw.get("distill", {})

@@ -11,5 +11,5 @@ def device_of(runtime: config.Runtime) -> torch.device:
 
 
 def local_device(runtime: config.Runtime) -> torch.device:
-    """Return the device of the workers, or `cpu` if this process sees no GPU (it may run on a node without GPUs)."""
+    """Return the device of the workers. If this process sees no GPU (its node may have none), return `cpu`."""
     return device_of(runtime) if torch.cuda.is_available() else torch.device("cpu")

@@ -105,7 +105,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or all files of a folder, to disk before they get the final name that marks them as complete."""
+    """Flush a file, or all files of a folder, to disk; call this before the rename that marks them as complete."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with open(file, "rb") as f:
             os.fsync(f.fileno())
@@ -157,7 +157,7 @@ def _error_number(error: Exception) -> int:
 
 @functools.cache
 def machine() -> str:
-    """Return eight hex digits that identify this machine, or this container if it has its own process ids."""
+    """Return eight hex digits that identify this machine. A container with its own process ids counts as a machine."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # containers can share a host name; only Linux has these files
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
@@ -186,8 +186,8 @@ def is_temporary(name: str) -> bool:
 def sweep(folder: Path | str) -> list[Path]:
     """Remove the abandoned temporary files under `folder`, and return their paths.
 
-    A file is abandoned if its writer was a process of this machine that is dead, or if another machine wrote it and
-    nothing was written to it for a day.
+    A file that this machine wrote is abandoned if the process that wrote it is dead. A file that a different machine
+    wrote is abandoned if it has not changed for a day.
     """
     swept = []
     for parent, folders, files in os.walk(folder):
@@ -242,7 +242,7 @@ def append_jsonl(path: Path | str, value: Any) -> None:
 
 
 def cut_jsonl(path: Path, count: str, last: int) -> None:
-    """Delete from the log `path` all lines whose field named by `count` is above `last`, and a half-written last line.
+    """Delete from the log `path` every line with `line[count] > last`, and a half-written last line.
 
     Work that resumes from a checkpoint writes the deleted lines again, so that the log contains each of them once.
     """

@@ -1,6 +1,6 @@
 """The layout number of a storage is the version of its folder structure and file formats; `storage.json` stores it.
 
-If the number is not that of this release, an error is raised before any other file of the storage is read or written.
+If the number differs from `LAYOUT`, an error is raised before any other file of the storage is read or written.
 """
 
 import json
@@ -59,10 +59,10 @@ def require_layout(storage: Storage) -> None:
 
 
 def locate_file(address: str, name: str, depth: int) -> tuple[str, Path]:
-    """Return the address of the storage that contains a folder, and the local path of the file `name` in that folder.
+    """Find the file `name` in a folder; return the address of the folder's storage, and the local path of the file.
 
-    `address` is the path or the URI of the folder; a file at a URI is first copied to this machine. The storage is
-    `depth` levels above the folder. Raises `ValueError` if the file exists and `check_layout` refuses the storage.
+    `address` is the path or the URI of the folder, which is `depth` levels below its storage. A file at a URI is first
+    copied to this machine. Raises `ValueError` if the file exists and `check_layout` refuses the storage.
     """
     if not is_uri(address):
         folder = Path(address).absolute()

@@ -38,7 +38,7 @@ class LeaseCell(Protocol):
     """The place where a lease is stored: a local file or an object at a URI."""
 
     exact: bool
-    """True if the file lock excludes all other writers, so that a lease need not be read back after it was written."""
+    """Whether the file lock excludes all other writers. If not, a written lease must be read back (see `SETTLE`)."""
 
     def read(self) -> dict[str, Any] | None: ...
 
@@ -122,8 +122,9 @@ class Lease:
 def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     """Hold `folder` for this process inside the block, so that no other process can hold it at the same time.
 
-    If another process holds the folder, wait, or, if `wait` is False, raise `FolderInUse` with the name of that
-    process. A lease written by another machine is watched until it changes (its holder is alive) or expires.
+    If another process holds the folder, wait until it is free; if `wait` is False, raise `FolderInUse` instead, with
+    the name of that process. A lease of another machine is watched: if it changes, its holder is alive; if it expires,
+    its holder counts as dead.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ class _Item:
     first: float = 0
     """Units of work finished at the first report; `rate` ignores them, because an earlier process did them."""
     began: float | None = None
-    """Clock time in seconds when work on the units after `first` began, or None before the first report."""
+    """Time in seconds at which the work that `rate` counts began, or None before the first report."""
     reported_at: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -84,8 +84,8 @@ class Progress:
 
 
 class Stage:
-    """The progress of a group of items. Calling the stage with the name and the metrics of an item updates that item.
-    If `LOG_SECONDS` have passed since the last line of the log, the call also passes a new line to `say`."""
+    """The progress of a group of items. `stage(name, metrics)` updates one item. It also passes a line to `say` if
+    `LOG_SECONDS` have passed since the last line."""
 
     def __init__(self, title: str, clock: Callable[[], float], say: Callable[[str], None] | None = None):
         self.title, self.clock, self.say = title, clock, say
@@ -106,7 +106,7 @@ class Stage:
         item, now = self.items[name], self.clock()
         done = float(metrics.get("done", item.done))
         if item.began is None:
-            # if the first report counts one unit, the item was not resumed, and its work began with the stage
+            # a first report of at most one unit shows that the item was not resumed: its work began with the stage
             item.began, item.first = self.began if done <= 1 else now, 0 if done <= 1 else done
         item.done, item.reported_at = done, now
         item.metrics = {key: value for key, value in metrics.items() if key != "done"}

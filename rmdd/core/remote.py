@@ -52,7 +52,7 @@ class ObjectStore:
         self.writes_atomically = self.fs.type_name in ATOMIC_WRITES
 
     def list(self, name: str) -> dict[str, Stamp]:
-        """Return the stamps (size and time) of the object `name`, or of all objects in the folder `name`, by name."""
+        """Return the stamp (size and time) of each object in the folder `name`, or of the object `name`, by name."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.path(name), allow_not_found=True, recursive=True)
@@ -74,7 +74,7 @@ class ObjectStore:
         return self._put(name, lambda target: _copy(str(path), target, None, self.fs))
 
     def copy(self, name: str, to: str) -> Stamp:
-        """Copy the object `name` to the object `to`, in the cloud if possible, and return the stamp of the copy."""
+        """Copy the object `name` to the object `to`, inside the cloud if possible, and return the stamp of the copy."""
 
         def copy(target: str) -> None:
             try:
@@ -135,7 +135,7 @@ class ObjectStore:
         return self._try("find", name, lambda: self.fs.get_file_info(self.path(name)))
 
     def glob(self, name: str, pattern: str) -> Iterator[tuple[str, int]]:
-        """Yield path (relative to `name`) and size in bytes of each object under `name` that matches `pattern`."""
+        """Yield the path relative to `name` and the bytes of each object under `name` that matches `pattern`."""
         from fsspec.implementations.arrow import ArrowFSWrapper
 
         folder = self.path(name).rstrip("/")
@@ -162,8 +162,8 @@ class ObjectStore:
         return posixpath.normpath(posixpath.join(self.base, name)) if name else self.base
 
     def _try(self, action: str, name: str, do: Callable[[], T]) -> T:
-        """Call `do` and return its result. After an error that may be temporary, try again, `ATTEMPTS` times in all;
-        the error of the last call is raised with the name of the action and of the object."""
+        """Call `do` and return its result. If `do` raises an error that may be temporary, call it again, up to
+        `ATTEMPTS` times in all. The last error is raised with the name of the action and of the object."""
         for attempt in range(ATTEMPTS):
             try:
                 return do()
@@ -180,7 +180,7 @@ class ObjectStore:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A path to a file or folder at a URI, with those methods of `pathlib.Path` that only read. It can be pickled."""
+    """A picklable path to a file or folder at a URI, with the methods of `pathlib.Path` that only read."""
 
     uri: str
     inside: str = ""
@@ -239,7 +239,7 @@ class RemotePath:
 
 @dataclass(frozen=True)
 class RemoteLeaseCell:
-    """A lease stored as an object at a URI, where two processes can write it at the same time."""
+    """A lease stored as an object at a URI. Two processes can write the lease at the same time, so `exact` is False."""
 
     store: ObjectStore
     name: str

@@ -31,8 +31,8 @@ LOCAL_ONLY = ("cache",)
 LOG_SECONDS = 10.0
 """Seconds between two uploads of a growing log."""
 RESULTS = ("experts/*/store.json", "phases/*/phase-*/*", f"*-{'[0-9a-f]' * 8}/run.yaml")
-"""Glob patterns by which results in a storage are found. The last one requires that a folder's name ends in a hash,
-because other folders can contain a run file too."""
+"""Glob patterns of the results in a storage. The last pattern requires that a folder's name ends in a hash, because
+folders that are no results can contain a `run.yaml` too."""
 
 
 class Storage:
@@ -246,7 +246,7 @@ def _set_time(path: Path, stamp: Stamp) -> None:
 
 
 def _marker_last(name: str) -> tuple[bool, str]:
-    """Return a sort key by which the markers of a folder (see `MARKERS`) come after its other files."""
+    """Return a sort key that puts the markers of a folder (see `MARKERS`) after the folder's other files."""
     return posixpath.basename(name) in MARKERS, name
 
 

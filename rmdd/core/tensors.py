@@ -1,9 +1,9 @@
 """Safetensors files with a checksum: they contain named tensors, and a dict of JSON values about them (`facts`).
 
 Tensors that belong together are named GROUP.NAME, such as `0.images` in the first subset of a distilled set, or
-`raw.images` in a checkpoint. The metadata of a file has a single entry, because safetensors writes several entries in
-no fixed order, so that two equal runs would write different bytes. The entry is JSON with `schema_version`, `facts`,
-and the SHA-256 of both `facts` and the tensors.
+`raw.images` in a checkpoint. The metadata of a file has a single entry. With several entries, whose order safetensors
+does not fix, two equal runs would write different bytes. The entry is JSON with `schema_version`, `facts`, and the
+SHA-256 of both `facts` and the tensors.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
-"""Training curves in TensorBoard, W&B and MLflow, whichever `runtime.track` lists.
+"""Write training curves to those of TensorBoard, W&B and MLflow that `runtime.track` lists.
 
 The JSON-lines files of a run are the authoritative record; the curves are copies to look at. Work that resumes from a
-checkpoint repeats some steps, and every tracker shows each step once: TensorBoard replaces the earlier values from the
-first repeated step on, W&B and MLflow keep the earlier values. If a tracking tool fails, it is dropped with a warning
-and the work continues.
+checkpoint repeats some steps, but every tool shows each step once. For repeated steps, TensorBoard shows the new
+values; W&B and MLflow keep the earlier values. If a tool fails, it is dropped with a warning and the work continues.
 """
 
 import logging
@@ -31,7 +30,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Writes the scalar values of each step to tracking tools, which the functions `openers` open at the first step."""
+    """Writes the values of each step to tracking tools. The functions `openers` open the tools at the first step."""
 
     def __init__(self, openers: Mapping[str, Callable[[int], Sink]]):
         self.openers = dict(openers)
@@ -39,8 +38,8 @@ class Tracker:
         self.last = 0
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the values of the step `step`, counted from 1. If `step` was added before, as after a rollback, the
-        tracking tools are opened again, so that TensorBoard drops the old values from this step on."""
+        """Add the values of the step with the number `step` (from 1). If `step` was added before, as after a rollback,
+        the tracking tools are opened again, so that TensorBoard drops the old values from this step on."""
         if self.sinks and step <= self.last:
             self.close()
         self.last = step
@@ -136,7 +135,7 @@ class Wandb:
 
 
 class MLflow:
-    """An MLflow run in the experiment `rmdd`, at MLFLOW_TRACKING_URI or, without it, in `mlflow.db` in the storage."""
+    """An MLflow run in the experiment `rmdd`, stored at MLFLOW_TRACKING_URI (default: `mlflow.db` in the storage)."""
 
     def __init__(self, facts: dict[str, Any], runtime: config.Runtime, title: str, value: str):
         from mlflow import MlflowClient

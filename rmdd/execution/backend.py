@@ -46,7 +46,7 @@ class Backend:
     run_trials: RunTrials = sequential_trials
     """Function that runs the trials of a search."""
     open_parts: OpenParts = local_parts
-    """Function that starts workers and divides data among them, such as training pairs or the draws of an iteration."""
+    """Function that divides data, such as training pairs or the draws of an iteration, among workers that it starts."""
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Executor(Mapper, Protocol):
     """Runs pieces of work. After a stop signal, `serve` and `map` raise `Interrupted` once checkpoints are saved."""
 
     def serve(self, source: PieceSource) -> None:
-        """Run all pieces that `source` returns, and call `settle` of each piece when its task has ended."""
+        """Run all pieces of work that `source` returns. When a piece's task has ended, call the piece's `settle`."""
         ...
 
     def map(

@@ -12,8 +12,8 @@ from rmdd.execution.tasks import Hooks, Interrupted
 
 @dataclass
 class SequentialExecutor(Executor):
-    """Runs one item after another in this process. After Ctrl-C or SIGTERM the running task saves its checkpoint and
-    stops; a second signal stops it at once. `hooks` receive the reports of all tasks, and can ask the tasks to stop."""
+    """Runs items one by one in this process. After Ctrl-C or SIGTERM the running task saves its checkpoint and stops; a
+    second signal stops the task at once. `hooks` receive the reports of all tasks, and can ask the tasks to stop."""
 
     threads: int = 1
     hooks: Hooks = field(default_factory=Hooks)

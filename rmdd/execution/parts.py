@@ -1,4 +1,4 @@
-"""Data split into parts: each worker keeps one part in memory, and a method is called on all parts at the same time."""
+"""Divide data into parts, one in the memory of each worker, and call a method on all parts at the same time."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +32,9 @@ class LocalParts(WorkerParts):
 
 
 OpenParts = Callable[..., contextlib.AbstractContextManager[WorkerParts]]
-"""`open_parts(make, size, most, accelerated)` starts `size` workers (None: as many as fit on the cluster, but at most
-`most`). Each worker creates its part of the data by `make(rank, size)`, and has a share of a GPU if `accelerated`."""
+"""`open_parts(make, size, most, accelerated)` starts `size` workers, or, if `size` is None, as many as fit on the
+cluster, up to `most`. Each worker creates its part of the data by `make(rank, size)`, and has a share of a GPU if
+`accelerated`."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Scheduler of a sweep: its runs share one executor, and work that two or more runs need is done only once."""
+"""Execute the runs of a sweep with one shared executor, so that work that several runs need is done only once."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def collect_errors(errors: dict[str, Exception], label: str) -> Iterator[None]:
 
 @dataclass
 class _SharedPiece:
-    """The result of a piece of work that one or more runs of a sweep need, and the functions that get its progress."""
+    """The result of a piece of work for one or more runs of a sweep, and the functions that get the work's progress."""
 
     reports: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     settled: bool = False
@@ -49,9 +49,10 @@ class _SharedPiece:
 
 
 class SweepScheduler:
-    """Executes the runs of a sweep in threads. One thread computes at a time; the others wait for pieces of work.
+    """Executes the runs of a sweep in threads. Only one thread computes at a time.
 
-    If two runs need the same piece, the first run queues it, and the second run waits for the result.
+    The other threads wait until the queued pieces of work that they need are finished. If two runs need the same piece,
+    the first run queues it, and the second run waits for its result.
     """
 
     def __init__(self, executor: Executor):
@@ -149,7 +150,7 @@ class SweepScheduler:
             self.changed.notify_all()
 
     def _alone(self, task: Task) -> Task:
-        """Make `task` hold the lock `turn` while it runs in this process, as the threads share torch's random state."""
+        """If `task` runs in this process, make it hold the lock `turn`: all threads share torch's random state."""
         if not isinstance(self.executor, SequentialExecutor):
             return task
 

@@ -84,7 +84,7 @@ def sequential_stream(make: Callable[[], Callable[[Values], Values]], items: Seq
 
 
 def with_progress(progress: Progress, title: str, unit: str, stream: Stream) -> Stream:
-    """Return `stream` with a progress display of the finished items and of their speed, in `unit` per second."""
+    """Return `stream` with a display of the number of finished items, and of the speed in `unit` per second."""
 
     def watch(make: Callable[[], Callable[[Values], Values]], items: Sequence[Values]) -> Iterator[Values]:
         if not items:

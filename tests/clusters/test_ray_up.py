@@ -72,7 +72,7 @@ def unknown_keys(value: Any, schema: Any, path: str) -> list[str]:
 
 
 def mistakes(document: dict[str, Any]) -> list[str]:
-    """Return a message for every mistake in a file for `ray up` that Ray itself does not report."""
+    """Return a message for every mistake that Ray itself does not report in a file for `ray up`."""
     kind = document["provider"]["type"]
     messages = problems(document) + unknown_keys(document["provider"], dict.fromkeys(PROVIDER[kind]), "provider")
     for name, node in document.get("available_node_types", {}).items():

@@ -1,4 +1,4 @@
-"""Tests of all presets against published values, which were typed from papers and scripts, not copied from presets."""
+"""Tests that all presets have the published values, typed here from papers and scripts, not copied from presets."""
 
 import re
 
@@ -21,8 +21,8 @@ MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in 
 SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
 PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
 
-# Columns: pairs (M), stop (T+), iterations, rank, alpha, batch (B), learning rate of images and texts, learning rate of
-# the similarity, branches, temperature.
+# The columns are pairs (M), stop (T+), iterations, rank, alpha, batch (B), learning rate of images and texts, learning
+# rate of the similarity, branches, temperature.
 LORS = {
     "flickr30k_lors_100": (99, 2, 3000, 10, 3, 20, 100, 10, "separate", 0.07),
     "flickr30k_lors_200": (199, 2, 3000, 5, 1, 20, 1000, 10, "separate", 0.07),
@@ -45,7 +45,7 @@ REPBLEND = {
     "coco_repblend_200": (199, 2, 3000, 20, 1, 20, 1000, 50, "merged", 0.07),
     "coco_repblend_500": (499, 2, 3000, 40, 1, 20, 5000, 500, "merged", 0.1),
 }
-# Columns: pairs (M), stop (T+), iterations, batch (B), learning rate of images and texts.
+# The columns are pairs (M), stop (T+), iterations, batch (B), learning rate of images and texts.
 TESLA_VL = {
     "flickr30k_tesla_vl_100": (100, 2, 3000, 20, 100),
     "flickr30k_tesla_vl_200": (200, 2, 3000, 20, 1000),

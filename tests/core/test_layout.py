@@ -1,4 +1,4 @@
-"""Tests that a storage of a different layout number raises an error before any file of it is read or changed."""
+"""Tests that a storage with a different layout number raises an error before any of its files is read or changed."""
 
 import json
 
@@ -102,7 +102,7 @@ BEGUN = [
 
 
 def old(tmp_path, file):
-    """Create a storage of the previous release with `file`, whose run has a field that no longer exists."""
+    """Create a storage of the previous release; `file` in it contains a run with a field that no longer exists."""
     write_json(tmp_path / "runs" / OLD[0], {})
     path = tmp_path / "runs" / file
     path.parent.mkdir(parents=True)

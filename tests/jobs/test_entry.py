@@ -18,7 +18,7 @@ STORED = ["--set", "runtime.storage=/shared/runs"]
 
 @pytest.fixture
 def passed(monkeypatch):
-    """Fixture: the list of arguments that a job script passes to `main`, replaced by a stand-in that runs nothing."""
+    """Fixture: replace `main` by a stand-in that runs nothing, and return the arguments that job scripts pass to it."""
     words: list[str] = []
     monkeypatch.setattr(cli, "main", lambda arguments: words.extend(arguments))
     return words

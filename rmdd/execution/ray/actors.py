@@ -1,4 +1,4 @@
-"""The executor on Ray actors: experts, phases and students run in parallel and resume after the death of a worker.
+"""Run items (experts, phases, students) in parallel on Ray actors, and resume an item after the death of its worker.
 
 Each actor runs one item at a time until no item is left. If an actor or its node dies, or an actor reports no progress
 for too long, the item of that actor starts again on a new actor and resumes from the item's last checkpoint. An item
@@ -42,7 +42,7 @@ class Attempts:
     piece: Piece
     starts: int = 0
     deaths: int = 0
-    """Number of times that the worker died or hung while its node was alive, at most `runtime.max_restarts`."""
+    """Number of times that a worker died or hung although its node was alive. `runtime.max_restarts` limits it."""
     ready_at: float = 0.0
     """Earliest time of the next start, in seconds of `time.monotonic`."""
 
@@ -83,7 +83,7 @@ class RunningItem:
 class ActorExecutor(Executor):
     """An executor that spreads items over Ray actors. `events` gets a JSON line per start, death and end of an item.
 
-    The actors are stopped after the last item of a call or, if a `with` block holds the executor, when the block ends.
+    The actors are stopped when the `with` block of the executor ends or, without a block, when a call ends.
     """
 
     runtime: config.Runtime

@@ -26,8 +26,8 @@ ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # For Ray Train: check workers twice a second, stay in the working folder, and start no actor that watches for the
-    # loss of spot nodes, because an expert saves a checkpoint every epoch and resumes from it.
+    # Ray Train checks workers twice a second and stays in the working folder. It starts no actor that watches for the
+    # loss of spot nodes, because experts resume from a checkpoint of their last epoch.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -102,8 +102,9 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     """Join the cluster at `runtime.address` or RAY_ADDRESS, or start a local cluster and stop it after the block.
 
     If this process has already joined a cluster, that cluster is used and keeps running. If `runtime.workers` is set,
-    a newly joined cluster is assumed to be autoscaling, and this waits for its first node. Raises `ValueError`
-    if no node has room for a worker or some nodes do not see the storage, and `RuntimeError` if Ray fails in the block.
+    a newly joined cluster is assumed to be autoscaling, so this function waits until the cluster has a node. Raises
+    `ValueError` if no node has room for a worker or if some nodes do not see the storage, and `RuntimeError` if Ray
+    fails in the block.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

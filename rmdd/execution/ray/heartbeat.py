@@ -1,6 +1,6 @@
 """Heartbeats of the workers of a search, and a way to ask the workers to stop; Ray Tune offers neither.
 
-Every worker sends a message each second to one monitor, a Ray actor, which answers whether the worker should stop.
+Every second, each worker calls a Ray actor, the `TrialMonitor`. The answer says whether the worker should stop.
 """
 
 import threading
@@ -20,7 +20,7 @@ class TrialMonitor:
 
     def __init__(self) -> None:
         self.beats: dict[str, tuple[int, float]] = {}
-        """Number of heartbeats of each running trial, and time of its last heartbeat in seconds of `time.monotonic`."""
+        """Number of heartbeats of each running trial, and the time of the last one, in seconds of `time.monotonic`."""
         self.reasons: dict[str, str] = {}
         self.stopping = False
 

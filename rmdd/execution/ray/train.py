@@ -44,8 +44,8 @@ class WorkQueue:
     """The shared queue of items and their results, in a Ray actor that survives the death of workers.
 
     A *group* is `size` workers with consecutive ranks that work on an item together. A *generation* is all the workers
-    that Ray Train started at the same time; after a death, Ray Train starts a new generation. The *turn* of a group
-    counts the items that the group has drawn from the queue, from 0.
+    that Ray Train started at the same time; after a death, Ray Train starts a new generation. The *turn* of an item is
+    the number of items that its group drew from the queue before.
     """
 
     def __init__(self, names: Sequence[str], size: int, tries: int):
@@ -103,7 +103,7 @@ class WorkQueue:
         return turns[turn : turn + 1]
 
     def meet(self, group: int, address: str | None) -> str | None:
-        """Return the network address of a group's first member, or None until that member has passed `address`."""
+        """Return the network address of a group's first member, or None if that member has not called `meet` yet."""
         if address:
             self.addresses[group] = address
         return self.addresses.get(group)
@@ -133,7 +133,7 @@ class WorkQueue:
     # -- called by Train's controller and by the driver ----------------------------------------------------------
 
     def lost(self, deaths: dict[int, str | None], away: Set[int] = frozenset()) -> None:
-        """Queue the items of ended workers again; `deaths` has causes of death by rank, None for a failed task.
+        """Queue the items of ended workers again. `deaths[rank]` is the cause of death, None for a failed task.
 
         The deaths of the ranks in `away`, whose node was lost, do not count against the `tries` of an item.
         """
@@ -187,7 +187,7 @@ class WorkQueue:
 
 
 class Heartbeat:
-    """Sends the latest progress report of a worker to the work queue twice a second, and asks whether to stop."""
+    """Sends a worker's latest progress report to the work queue twice a second; the reply says whether to stop."""
 
     def __init__(self, queue: Any, group: int):
         self.queue, self.group = queue, group
@@ -297,7 +297,7 @@ class ExpertPool(Mapper):
     ) -> list[Any]:
         """See `rmdd.execution.executor.Mapper.map`. The result of an item that failed too often is a `Failed`.
 
-        Raises `ValueError` if not even `size` workers fit on the cluster, and `RuntimeError` if Ray Train gives up or
+        Raises `ValueError` if fewer than `size` workers fit on the cluster, and `RuntimeError` if Ray Train gives up or
         if a node that joined later does not see the storage folder.
         """
         if not items:

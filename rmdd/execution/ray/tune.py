@@ -1,8 +1,8 @@
 """Run the trials of a search by Ray Tune, which places trials on the cluster and restarts trials whose worker died.
 
 A `TrialSource` (`rmdd.execution.trials`) in this process chooses the trials and decides which of them continue. Nothing
-that Ray Tune stores is needed later: a killed search resumes with a new run of Ray Tune, and several processes can run
-trials of the same search.
+that Ray Tune stores is needed later. So a killed search resumes with a new run of Ray Tune, and several processes can
+run trials of the same search.
 """
 
 import json
@@ -135,7 +135,7 @@ class SourceScheduler(FIFOScheduler):
         return self.CONTINUE if self.searcher.tell(trial.trial_id, result) else self.STOP
 
     def end(self) -> None:
-        """Kill the workers of a stopped search, which would otherwise run on in a cluster that outlives the search."""
+        """Kill the workers of a stopped search. In a cluster that outlives the search, they would otherwise run on."""
         if self.controller is None:
             return
         for trial in self.controller.get_live_trials():
@@ -147,7 +147,7 @@ class SourceScheduler(FIFOScheduler):
 class StopAndStall(tune.Callback):
     """Stops the search after a signal, and kills workers without a heartbeat, so that Ray Tune restarts their trials.
 
-    This callback, not the signal handler, raises the error after a signal: Ray could catch an error of the handler.
+    After a signal, this callback raises the error. The signal handler must not raise it, because Ray could catch it.
     """
 
     def __init__(self, monitor: Any, stopped: Callable[[], bool], minutes: float | None, say: Callable[[str], None]):

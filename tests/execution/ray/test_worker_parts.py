@@ -1,4 +1,4 @@
-"""Test that coreset methods select the same pairs from features on several Ray actors as from those in one process."""
+"""Test that coreset methods select the same pairs with the features on several Ray actors and in one process."""
 
 from functools import partial
 from itertools import islice
@@ -51,7 +51,7 @@ def test_an_error_of_a_part_is_raised_unchanged_and_a_death_raises_part_lost(ray
 
 
 def test_a_coreset_is_the_same_after_the_death_of_a_worker(ray_local, tmp_path, monkeypatch):
-    """After the death of a worker, all workers start again and keep the pairs that were already chosen and stored."""
+    """If a worker dies, all workers start again, and the pairs that were already chosen and stored are kept."""
     import rmdd
     from rmdd import config
     from rmdd.core.progress import Progress
