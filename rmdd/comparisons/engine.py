@@ -179,7 +179,10 @@ class ComparedRun(Pipeline):
         return Row(name, entry, self, run, rates, file, costs, tuple(remarks))
 
     def _training_pairs(self, entry: Entry, train: PreparedSplit) -> tuple[list[TrainingPairs], int | None]:
-        """Return a set's training pairs, and its number of duplicate captions (None if they are not embedded again)."""
+        """Return the training pairs of a set, and the number of duplicates among its captions.
+
+        The number is None if the text embeddings of the set are used, so that its captions are not embedded.
+        """
         distilled = entry.distilled
         assert distilled is not None
         texts, duplicates = [subset.texts for subset in distilled.subsets], None

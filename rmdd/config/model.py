@@ -21,8 +21,8 @@ class ImageTower(Section):
         "every expert and student), or random:SEED (the same draw for all)",
     )
     trainable: bool = Field(True, description="false: freeze the tower, so that only its projection is trained")
-    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="convnet: number of channels of each block")
-    groups: PositiveInt = Field(8, description="convnet: number of channel groups in GroupNorm")
+    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="number of channels of each block; only for convnet")
+    groups: PositiveInt = Field(8, description="number of channel groups in GroupNorm; only for convnet")
     projection: Literal["none", "linear", "block"] = Field("none", description="trainable projection after the tower")
 
     @property
@@ -53,7 +53,7 @@ class TextTower(Section):
     normalise: bool = Field(
         False, description="scale embeddings to unit length, as sentence encoders do (BERT does not)"
     )
-    width: PositiveInt = Field(512, description="text encoder hashing: width of the embedding")
+    width: PositiveInt = Field(512, description="width of the embedding; only for the encoder `hashing`")
     projection: Literal["linear", "block"] = Field(
         "block", description="trainable projection of the embeddings; block: two linear layers with a skip connection"
     )

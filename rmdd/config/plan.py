@@ -46,5 +46,5 @@ class Plan(Section):
 
     @property
     def plans(self) -> bool:
-        """Whether the phases are planned, not listed in the run file."""
+        """True if rmdd plans the phases; False if the run file lists them."""
         return self.kind != "stated"

@@ -17,7 +17,7 @@ UPDATE_FIELDS = (
     *("precision", "optimiser", "lr_image", "lr_text", "momentum", "min_inner_lr", "ema", "init_augment"),
     *("checkpoint_every", "snapshots"),
 )
-"""Fields of `distill` that only methods with an update loop read."""
+"""Fields of `distill` that are read only by methods with an update loop."""
 
 
 class GenerativeMethod(BaseMethod, ABC):

@@ -264,7 +264,7 @@ class StudentProbes:
             write_json(self.files[name], {"value": self.value, "name": name, "scores": scores})
 
     def added_to(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of `record`, the record of the student, that includes the probe scores."""
+        """Return a copy of the student's record `record` with the probe scores added."""
         return record | {"probes": {name: self.scores[name] for name in self.files}} if self.files else record
 
 

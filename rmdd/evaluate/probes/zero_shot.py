@@ -66,7 +66,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 TOGETHER = 4096
-"""Number of images compared with all classes at once."""
+"""Number of images in a chunk; one operation compares a chunk with all classes."""
 
 
 def templates(named: str | tuple[str, ...]) -> tuple[str, ...]:
