@@ -21,7 +21,9 @@ class ImageTower(Section):
         "every expert and student), or random:SEED (the same draw for all)",
     )
     trainable: bool = Field(True, description="false: freeze the tower, so that only its projection is trained")
-    widths: tuple[PositiveInt, ...] = Field((64, 128, 128), description="number of channels of each block; only for convnet")
+    widths: tuple[PositiveInt, ...] = Field(
+        (64, 128, 128), description="number of channels of each block; only for convnet"
+    )
     groups: PositiveInt = Field(8, description="number of channel groups in GroupNorm; only for convnet")
     projection: Literal["none", "linear", "block"] = Field("none", description="trainable projection after the tower")
 

@@ -311,7 +311,7 @@ def test_resume_works_in_a_moved_run_folder(workdir, monkeypatch):
 
 
 def test_resume_refuses_other_folders_and_changed_run_files(workdir, monkeypatch):
-    assert "folder does not exist; give the folder of a run, a sweep or a search" in rmdd_("resume", "nowhere").stderr
+    assert "does not exist; give the folder of a run, sweep, search or comparison" in rmdd_("resume", "nowhere").stderr
     assert "no run.yaml, sweep.json, search.json or comparison.json in it" in rmdd_("resume", str(workdir)).stderr
     steps = Steps().install(monkeypatch)
     rmdd_("run", "demo", "--quiet")

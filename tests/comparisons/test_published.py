@@ -1,4 +1,4 @@
-"""Tests that the numbers in `published_results.csv` are plausible and complete, and that its notes about misprints are true."""
+"""Tests that the numbers in `published_results.csv` are plausible and complete, and its notes on misprints are true."""
 
 import json
 
