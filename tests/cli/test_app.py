@@ -311,7 +311,8 @@ def test_resume_works_in_a_moved_run_folder(workdir, monkeypatch):
 
 
 def test_resume_refuses_other_folders_and_changed_run_files(workdir, monkeypatch):
-    assert "does not exist; give the folder of a run, sweep, search or comparison" in rmdd_("resume", "nowhere").stderr
+    advice = "give the folder of a run, sweep, search or comparison"
+    assert f"this folder does not exist; {advice}" in rmdd_("resume", "nowhere").stderr
     assert "no run.yaml, sweep.json, search.json or comparison.json in it" in rmdd_("resume", str(workdir)).stderr
     steps = Steps().install(monkeypatch)
     rmdd_("run", "demo", "--quiet")
