@@ -68,7 +68,9 @@ def pca(
     draws: int = 4,
     shortcut_only: bool = False,
 ) -> dict[str, Any]:
-    """Project the matching gradients of the images to two principal components; each start, expert and draw is a point.
+    """Project the matching gradients of the images to two principal components.
+
+    There is one gradient, and so one point, for each combination of start epoch, expert and draw.
 
     The components are computed separately for each kind of trajectory. Write pca.csv and pca.svg to the run's folder
     `analyse`; return a summary.

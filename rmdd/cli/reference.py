@@ -9,7 +9,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from rmdd.cli.docs import FOLDER
 from rmdd.config import as_yaml
@@ -89,9 +89,7 @@ def api_page() -> str:
         else:
             function = getattr(value, "__func__", value)
             lines += [f"## `rmdd.{name}`", "", *_function(function, f"rmdd.{name}")]
-            results |= {
-                kind.__name__: kind for kind in _classes(get_type_hints(function, _globals(function))["return"])
-            }
+            results |= {kind.__name__: kind for kind in _classes(_returned(function))}
     for kind in list(results.values()):
         for hint in getattr(kind, "__annotations__", {}).values():
             same = [part for part in _classes(hint) if part.__module__ == kind.__module__]
@@ -103,11 +101,10 @@ def api_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _globals(function: Any) -> dict[str, Any]:
-    """Return the names that type hints of `function` can use, also those imported only for type checking."""
-    module = inspect.getmodule(function)
-    names = dict(vars(module)) if module else {}
-    return {"Progress": Any, **names}
+def _returned(function: Any) -> Any:
+    """Return the type hint of the result of `function`. Hints of arguments may name types imported only for mypy."""
+    hint = function.__annotations__["return"]
+    return eval(hint, vars(inspect.getmodule(function))) if isinstance(hint, str) else hint
 
 
 def _classes(hint: Any) -> Iterator[type]:

@@ -13,9 +13,10 @@ from rmdd.core.layout import locate_file
 
 
 def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
-    """Return the comparison or transfer in a folder or URI, with the storage that holds it; None if there is neither.
+    """Return the comparison or transfer in a folder or at a URI; None if there is neither.
 
-    Raises `ConfigError` if its distilled sets are missing, and `ValueError` if the storage has a different layout.
+    Raises `ConfigError` if a compared set is missing, and `ValueError` if this version of rmdd cannot read the
+    layout of the storage.
     """
     storage, file = locate_file(str(folder), "comparison.json", depth=2)
     if not file.is_file():

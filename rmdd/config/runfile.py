@@ -184,7 +184,7 @@ def _mistake(error: Any, listed_by: str) -> str:
 
     `listed_by` says where the valid keys are listed.
     """
-    # besides field names, pydantic's location of an error contains the union type that was tried, such as `str`
+    # pydantic gives the location of an error as field names and, for a union, the type that it tried, such as `str`
     place = error["loc"]
     if place[:2] == ("evaluate", "probes"):  # `place[3]` is the kind of the probe, not a field
         place = (*place[:3], *place[4:])

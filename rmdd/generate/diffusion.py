@@ -78,7 +78,7 @@ class Diffusion:
 
 
 def grid_of(blocks: int, size: int) -> tuple[int, int]:
-    """Return how many rows and columns a latent has, for images of side `size` and a VAE encoder with `blocks` blocks.
+    """Return height and width of the latents that a VAE encoder with `blocks` blocks makes from images of side `size`.
 
     Raises `ValueError` if the image cannot be halved `blocks - 1` times.
     """

@@ -64,7 +64,9 @@ def find(
     pairless: Pairless = "topup",
     rescale: bool = False,
 ) -> tuple[Prototypes, RecordIds]:
-    """Return the prototypes, sorted by descending cosine of image and text, and the records that remain after pruning.
+    """Prune the records, and return the prototypes and the remaining records.
+
+    The prototypes are sorted by the cosine of their image and text features, the largest first.
 
     Raises `ValueError` if fewer than `pairs` records remain.
     """

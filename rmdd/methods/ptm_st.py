@@ -7,7 +7,7 @@ ideas to trajectory matching with a learned similarity; each can be used alone:
          [T-_p, T+_p); later phases use later epochs. Students are trained on the subsets in order.
     ST   shortcut trajectory: starts and targets lie on the straight path from theta_0 to theta_{t_p}, the endpoint of
          phase p (`rmdd.experts.shortcut`, eq. 4-5).
-    EMA  the exported set is the exponential moving average of the set over the outer iterations (eq. 7).
+    EMA  each exported tensor is the exponential moving average of its values over the outer iterations (eq. 7).
 
 All three are settings of the matching loop: `distill.phases`, `distill.trajectory: shortcut` and `distill.ema`. With
 one phase, the original trajectory and `ema: 0`, the method is LoRS with a full similarity matrix. Where paper and

@@ -45,7 +45,7 @@ def group_norm(
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """A context in which this module's versions replace torch's layer norm, group norm, SiLU and softmax.
+    """Context manager: inside it, this module replaces torch's layer norm, group norm, SiLU and softmax.
 
     The context also replaces the batch norm with which timm standardises convolution weights, and computes the
     convolution of a single pixel as a matrix product.

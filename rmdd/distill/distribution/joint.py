@@ -72,7 +72,7 @@ class Embedded:
 
 
 def centres(points: Float[Tensor, "n W"], k: int, random: torch.Generator) -> Float[Tensor, "K W"]:
-    """Return unit-length centres of spherical k-means with k-means++ seeds; an empty cluster keeps its old centre."""
+    """Run spherical k-means from k-means++ seeds and return unit-length centres; an empty cluster keeps its centre."""
     seeds = [int(torch.randint(len(points), (1,), generator=random))]
     distance = 1 - points @ points[seeds[0]]
     while len(seeds) < k:

@@ -46,7 +46,7 @@ def embed_texts(model: DualEncoder, texts: np.ndarray, device: torch.device) -> 
 
 
 def ranks(scores: Float[Tensor, "N C"], right: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Return for each query the rank, from 0, of its correct candidate `right`; candidates that tie rank above it."""
+    """Return the rank (from 0) of each query's correct candidate `right`; a tie counts against `right`."""
     right_score = scores.gather(1, right[:, None])
     return (scores >= right_score - TOLERANCE).sum(1) - 1
 
