@@ -40,8 +40,7 @@ def without(run: config.Run, *, ptm: bool = False, st: bool = False, ema: bool =
 
 
 class PTMST(Method):
-    """PTM-ST sets no defaults: the defaults of the section `distill` are the paper's values, except that `estimator` is
-    `exact`. Presets named after the paper set `estimator: first_order`."""
+    """PTM-ST sets no defaults: the defaults of the section `distill` are the paper's values."""
 
     reference = "ptm_st"
     card = "2603.25388"

@@ -35,7 +35,11 @@ PHASES = [
 TINY = tiny.changed(
     model={"image": {"weights": "random:0"}},
     experts={"num": 2, "epochs": EPOCHS, "keep": "all"},
-    distill={"phases": PHASES, "reuse_graphs": 2},  # keeps the graphs of both inner steps
+    distill={
+        "phases": PHASES,
+        "reuse_graphs": 2,  # keeps the graphs of both inner steps
+        "estimator": "exact",  # `gradients` and `pca` use first_order nevertheless
+    },
 )
 
 

@@ -56,7 +56,7 @@ CARDS = {
     "ptm_st": {
         "trajectory": "shortcut",
         "endpoint_rule": "inclusive",
-        "estimator": "exact",
+        "estimator": "first_order",
         "similarity.kind": "full",
         "loss": "wbce",
         "ema": 0.99,

@@ -77,8 +77,8 @@ def _trained(run):
 
 
 def test_first_order_costs_less_and_more_pairs_cost_more():
-    exact, first = config.load(SMALL), config.load(SMALL, ["distill.estimator=first_order"])
-    wide = config.load(SMALL, ["distill.batch=8"])
+    first, exact = config.load(SMALL), config.load(SMALL, ["distill.estimator=exact"])
+    wide = config.load(SMALL, ["distill.estimator=exact", "distill.batch=8"])
     runs = {"e": exact, "f": first, "w": wide}
     cost = {name: estimate.work_of(estimate.model_on_meta(r, 32), r, 32) for name, r in runs.items()}
     assert cost["f"].matching < cost["e"].matching < cost["w"].matching

@@ -123,7 +123,8 @@ def test_moves_follow_the_slow_cosines(make, reuse_graphs):
     """Compute gradients one by one in float64, for several sets; check that the bounds move as their cosines demand."""
     phases = (config.Phase(pairs=PAIRS, stop=1, endpoint=2), config.Phase(pairs=PAIRS, start=1, stop=2, endpoint=3))
     plan = config.Plan(kind="adaptive", every=1, pace=0.25, agreement=0.5, experts=2)
-    made = make(run_of(phases=phases, plan=plan, steps=2, inner_dropout="off", reuse_graphs=reuse_graphs), 1)
+    rule = {"steps": 2, "inner_dropout": "off", "estimator": "exact", "reuse_graphs": reuse_graphs}
+    made = make(run_of(phases=phases, plan=plan, **rule), 1)
     moves = set()
     for i in range(8):
         raw = made.begun.map(lambda t, i=i: t * (1 + 0.3 * i) if t.ndim else t)

@@ -13,7 +13,7 @@ from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.statistics import cosine_matrix, off_diagonal, principal, probe, probing
 from rmdd.experts.store import Store, Writer
 
-RUN = method_run("ptm_st", inner_dropout="off")
+RUN = method_run("ptm_st", inner_dropout="off", estimator="exact")  # probed gradients are first-order nevertheless
 
 
 def steps_of(store, expert):
