@@ -35,9 +35,9 @@ MOVES = {
     """,
     "nothing": """
         data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
-        distill.guard.retries distill.checkpoint_every evaluate.probes search.space search.trials search.base
-        search.sampler search.pruner search.cost search.startup search.reduction search.concurrency search.seed
-        search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address
+        distill.guard.retries distill.checkpoint_every evaluate.between evaluate.probes search.space search.trials
+        search.base search.sampler search.pruner search.cost search.startup search.reduction search.concurrency
+        search.seed search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address
         runtime.num_cpus runtime.workers runtime.threads runtime.reader_cpus runtime.object_store_mb
         runtime.loader_workers runtime.fleet runtime.min_workers runtime.cache_gb runtime.cpus_per_worker
         runtime.keep_parameters runtime.max_restarts runtime.time_limit runtime.stall_limit runtime.track
@@ -68,9 +68,9 @@ MOVES = {
     "run": """
         data.table.file data.table.image data.table.caption data.table.split data.webdataset.files
         data.webdataset.split_by_name data.parquet.files data.parquet.image data.parquet.caption
-        data.parquet.split data.parquet.split_by_name data.split_fractions evaluate.students evaluate.schedule
-        evaluate.lr evaluate.text_lr evaluate.temperature evaluate.eval_every evaluate.reference evaluate.scores
-        evaluate.selection evaluate.chunk
+        data.parquet.split data.parquet.split_by_name data.split_fractions evaluate.students evaluate.order
+        evaluate.schedule evaluate.lr evaluate.text_lr evaluate.temperature evaluate.eval_every evaluate.reference
+        evaluate.scores evaluate.selection evaluate.chunk
     """,
 }
 

@@ -58,6 +58,8 @@ def assemble(
         image_size=run.data.image_size,
         provenance=_provenance(seeds, train, sets, experts, iterations, version),
         metrics=metrics,
+        order=run.evaluate.order,
+        between=run.evaluate.between,
     )
 
 

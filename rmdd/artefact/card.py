@@ -12,6 +12,7 @@ from PIL import Image
 
 from rmdd.artefact.distilled import CARD as CARD_FILE
 from rmdd.artefact.distilled import PREVIEW, DistilledSet
+from rmdd.config.order import in_words
 from rmdd.data.images import denormalise
 
 PREVIEW_PAIRS = 64
@@ -58,20 +59,24 @@ def script(distilled: DistilledSet) -> str:
     size = distilled.image_size
     flat = 64 * math.ceil(size / 8) ** 2
     conv = "nn.Conv2d(3, 64, 9, 8, 4), nn.ReLU(), nn.Flatten()"
-    tensors = {
-        "full": [
-            'x, y, s = (t[f"{k}.{n}"] for n in ("images", "texts", "similarity.matrix"))',
-        ],
+    blocks = {
+        "full": ['blocks = [t[f"{p}.similarity.matrix"] for p in stage]'],
         "low_rank": [
-            'x, y, d, a, b = (t[f"{k}.{n}"] for n in '
-            '("images", "texts", "similarity.scale", "similarity.left", "similarity.right"))',
-            's = d.diag() + subset["similarity"]["alpha"] / a.shape[1] * a @ b.T',
+            'parts = [[t[f"{p}.similarity.{n}"] for n in ("scale", "left", "right")] for p in stage]',
+            'alpha = [info["subsets"][p]["similarity"]["alpha"] for p in stage]',
+            "blocks = [d.diag() + c / a.shape[1] * a @ b.T for c, (d, a, b) in zip(alpha, parts)]",
         ],
-        "identity": [
-            'x, y = (t[f"{k}.{n}"] for n in ("images", "texts"))',
-            "s = torch.eye(len(x))",
-        ],
+        "identity": ['blocks = [torch.eye(len(t[f"{p}.images"])) for p in stage]'],
     }[subset.kind]
+    logits = f"F.normalize(image(x)) @ F.normalize(text(y)).T / {distilled.model.get('temperature', 0.07)}"
+    loss = [f"z, s = {logits}, torch.block_diag(*blocks)", f"loss = {LOSSES[distilled.loss]}"]
+    if distilled.order != "sequence" and distilled.between == "masked":  # only pairs of the same subset are compared
+        loss = [
+            f"scores, rows, loss = {logits}, torch.arange(len(x)).split([len(s) for s in blocks]), 0",
+            "for m, s in zip(rows, blocks):",
+            "    z = scores[m][:, m]",
+            f"    loss = loss + len(m) / len(x) * ({LOSSES[distilled.loss]})",
+        ]
     larger = f'x = F.interpolate(x, ({size}, {size}), mode="bilinear")'
     enlarge = [] if subset.images.shape[-1] == size else [larger]
     return "\n".join(
@@ -80,13 +85,13 @@ def script(distilled: DistilledSet) -> str:
             't, info = safetensors.torch.load_file("tensors.safetensors"), json.load(open("set.json"))',
             f"image, text = nn.Sequential({conv}, nn.Linear({flat}, 256)), nn.Linear({subset.texts.shape[1]}, 256)",
             "optimizer = torch.optim.Adam([*image.parameters(), *text.parameters()], 1e-3)",
-            'for k, subset in enumerate(info["subsets"]):',
-            *(f"    {line}" for line in [*tensors, *enlarge]),
+            'for k, stage in enumerate(info["stages"]):',
+            '    x, y = (torch.cat([t[f"{p}.{n}"] for p in stage]) for n in ("images", "texts"))',
+            *(f"    {line}" for line in [*enlarge, *blocks]),
             "    for step in range(30):",
-            f"        z = F.normalize(image(x)) @ F.normalize(text(y)).T / {distilled.model.get('temperature', 0.07)}",
-            f"        loss = {LOSSES[distilled.loss]}",
+            *(f"        {line}" for line in loss),
             "        optimizer.zero_grad(), loss.backward(), optimizer.step()",
-            '        print(f"subset {k} step {step} loss {loss.item():.4f}")',
+            '        print(f"stage {k} step {step} loss {loss.item():.4f}")',
         ]
     )
 
@@ -106,6 +111,7 @@ def text(distilled: DistilledSet) -> str:
         method=distilled.method,
         loss=distilled.loss,
         counts=counts,
+        order=in_words(distilled.order, distilled.between),
         image_shape=f"3 x {height} x {width}",
         enlarged="" if width == size else f"; enlarge them to {size} x {size} (bilinear) before an image tower",
         text_width=subset.texts.shape[1],
@@ -224,7 +230,7 @@ tags:
 These synthetic pairs replace a large image-text dataset (source: {source}) when you train a retrieval model. They
 were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
 
-- Subsets: {counts} pairs. Train on the subsets in this order.
+- Subsets: {counts} pairs. Train on {order}.
 - Images: {image_shape}, normalised{enlarged}. `image * std + mean` gives pixels in [0, 1], with mean ({mean})
   and std ({std}).
 - Texts: embeddings of width {text_width} from `{text_tower}`. Use the same encoder to embed real captions.
@@ -256,7 +262,8 @@ Counted in parameters, the set is as large as {in_pairs:.2f} real pairs of {unit
 
 `captions.parquet` has one row per pair: `subset`, `index`, `caption` (the real caption nearest to the distilled text
 embedding), `source_id` (the real pair that this pair started from), and `caption_before` (the caption of that real
-pair). `set.json` has the configuration, provenance and scores, and the SHA-256 of the other two files.
+pair). `set.json` has the subsets of each stage of training (`stages`), the configuration, provenance and scores, and
+the SHA-256 of the other two files.
 
 ## Train on it without rmdd
 

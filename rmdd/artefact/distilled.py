@@ -5,17 +5,18 @@ M pairs of a subset, images of H x W pixels, text embeddings of width F, R rank 
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
+from rmdd.config.order import Between, Order, stages
 from rmdd.config.upgrade import upgraded
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
@@ -33,7 +34,7 @@ AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The M distilled pairs of one phase. Students train on the subsets of a set in order.
+    """The M distilled pairs of one phase. Students train on the subsets of a set in the order that the set states.
 
     All tensors are finite float32. `similarity` holds `matrix` (M, M), or `scale` (M,), `left` and `right` (M, R), or
     nothing (identity). Rows stand for images, columns for texts. Raises `ValueError` when shapes or types do not match.
@@ -111,6 +112,8 @@ class DistilledSet:
     image_size: int = 0  # images are enlarged to this side in pixels; 0: as stored
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    order: str = "sequence"  # how students learn the subsets: sequence, cumulative or union
+    between: str = "zeros"  # similarity of pairs of different subsets of a stage: zeros, or masked (not in the loss)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subsets", tuple(self.subsets))
@@ -118,6 +121,9 @@ class DistilledSet:
             object.__setattr__(self, "image_size", self.subsets[0].images.shape[-1])
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        for name, allowed in (("order", get_args(Order)), ("between", get_args(Between))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; found {getattr(self, name)!r}")
         shapes = {(tuple(s.images.shape[1:]), s.texts.shape[1], s.kind) for s in self.subsets}
         if len(shapes) != 1:
             actual = shapes or "no subsets"
@@ -126,6 +132,24 @@ class DistilledSet:
     @property
     def num_pairs(self) -> int:
         return sum(s.pairs for s in self.subsets)
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The subsets of each stage of a student's training; the subsets of a stage form one training set."""
+        return stages(self.order, len(self.subsets))
+
+    def similarity_of(self, stage: int) -> Float[Tensor, "M M"]:
+        """Return the similarity of all pairs of a stage: a block per subset, and zeros between the blocks.
+
+        If `between` is masked, the zeros are no targets: pairs of different subsets take no part in the loss.
+        """
+        matrix: Tensor = torch.block_diag(*(self.subsets[k].matrix for k in self._subsets_of(stage)))
+        return matrix
+
+    def _subsets_of(self, stage: int) -> tuple[int, ...]:
+        if not 0 <= stage < len(self.stages):
+            raise ValueError(f"stage must be from 0 to {len(self.stages) - 1}; found {stage}")
+        return self.stages[stage]
 
     def budget(self) -> dict[str, Any]:
         """Return the size of the set in parameters, in stored bytes, and in real pairs of `unit` parameters each.
@@ -149,13 +173,14 @@ class DistilledSet:
             "total": total,
         }
 
-    def as_dataset(self) -> torch.utils.data.Dataset[dict[str, Any]]:
-        """Return all pairs in training order as a torch dataset.
+    def as_dataset(self, stage: int | None = None) -> torch.utils.data.Dataset[dict[str, Any]]:
+        """Return the pairs of a stage, or all pairs once, as a torch dataset.
 
         An element has `image` (3, S, S) with S = `image_size`, `text` (F,), the number `subset`, and `index` in the
-        subset.
+        subset. The rows and columns of `similarity_of(stage)` are in the order of the elements of that stage.
         """
-        return Pairs(self.subsets, self.image_size)
+        chosen = range(len(self.subsets)) if stage is None else self._subsets_of(stage)
+        return Pairs(self.subsets, self.image_size, chosen)
 
     def save(
         self, path: Path | str, overwrite: bool = False, extra_files: Mapping[str, bytes] = MappingProxyType({})
@@ -196,6 +221,8 @@ class DistilledSet:
                 }
                 for s in self.subsets
             ],
+            "training": {"order": self.order, "between": self.between},
+            "stages": [list(stage) for stage in self.stages],
             "budget": self.budget(),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
             "model": self.model,
@@ -223,6 +250,7 @@ class DistilledSet:
                 subsets=tuple(_subset(named[str(k)], s, rows[k]) for k, s in enumerate(info["subsets"])),
                 **info["normalisation"],
                 **{name: info[name] for name in AS_WRITTEN},
+                **info.get("training", {}),
                 image_size=info.get("image_size", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -234,11 +262,11 @@ load = DistilledSet.load
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """The pairs of all subsets of a distilled set in training order, as a torch dataset."""
+    """The pairs of the subsets with the numbers `chosen`, as a torch dataset."""
 
-    def __init__(self, subsets: Sequence[Subset], image_size: int):
+    def __init__(self, subsets: Sequence[Subset], image_size: int, chosen: Iterable[int]):
         self.subsets, self.image_size = subsets, image_size
-        self.positions = [(k, i) for k, subset in enumerate(subsets) for i in range(subset.pairs)]
+        self.positions = [(k, i) for k in chosen for i in range(subsets[k].pairs)]
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -15,6 +15,7 @@ import torch
 
 from rmdd import config
 from rmdd.comparisons.entries import Entry, check_data, renormalised, same_text, seconds_of, temperature_of
+from rmdd.config.order import in_words
 from rmdd.core.device import device_of
 from rmdd.core.progress import Progress
 from rmdd.coresets import cost
@@ -87,6 +88,8 @@ class Row:
         learned: dict[str, Any] = {"pairs": self.pairs.name, "lr": job.lr}
         if self.entry.kind == "set":
             learned |= {"loss": self.run.distill.loss, "temperature": self.run.student_temperature}
+            if self.run.evaluate.order != "sequence":
+                learned |= {"order": self.run.evaluate.order, "between": self.run.evaluate.between}
         else:
             learned |= {"loss": job.loss, "updates": protocol.StudentProtocol.of(self.run).updates}
         value = config.hash_value({**model_settings(self.run, dataset), "evaluate": rule, **learned})
@@ -159,13 +162,16 @@ class ComparedRun(Pipeline):
             )
         if not distilled.model:
             remarks.append("bare tensors: rmdd cannot check that they fit these encoders and this data")
-        epochs, batch = self.run.evaluate.epochs, self.run.evaluate.batch
-        steps = sum(-(-subset.pairs // batch) * epochs for subset in distilled.subsets)
+        own_order = {"order": distilled.order, "between": distilled.between} if distilled.model else {}
+        training = self.run.evaluate.model_copy(update=own_order)
+        if training.order != "sequence":
+            remarks.append(f"its students train on {in_words(training.order, training.between)}")
+        steps = protocol.updates(training, [subset.pairs for subset in distilled.subsets])
         if steps != (real := protocol.StudentProtocol.of(self.run).updates):
             remarks.append(f"its students train for {steps:,} updates, students of real pairs for {real:,}")
         rule = self.run.distill
         change = {"loss": distilled.loss or rule.loss, "temperature": temperature_of(distilled) or rule.temperature}
-        run = self.run.model_copy(update={"distill": rule.model_copy(update=change)})
+        run = self.run.model_copy(update={"distill": rule.model_copy(update=change), "evaluate": training})
         sizes = distilled.budget()
         costs: Costs = {
             "pairs": distilled.num_pairs,

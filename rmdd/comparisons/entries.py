@@ -127,6 +127,8 @@ def value_of(set_: DistilledSet) -> str:
             digest.update(f"{name} {tuple(t.shape)}".encode() + t.contiguous().numpy().tobytes())
         digest.update(repr(subset.alpha).encode())
     digest.update(repr((set_.loss, temperature_of(set_), set_.image_size, set_.mean, set_.std)).encode())
+    if set_.order != "sequence":
+        digest.update(repr((set_.order, set_.between)).encode())
     return digest.hexdigest()[:16]
 
 

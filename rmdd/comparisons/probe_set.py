@@ -47,7 +47,11 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
     source = distilled.config
     raw = {key: source[key] for key in ("seed", "model", "experts", "distill")}
     raw["data"] = {field: source["data"][field] for field in VIEW}
-    raw["evaluate"] = source["evaluate"] | {"probes": dict(probes)}
+    raw["evaluate"] = source["evaluate"] | {
+        "order": distilled.order,
+        "between": distilled.between,
+        "probes": dict(probes),
+    }
     run = with_absolute_paths(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
     mistakes = faults(run.data, run.evaluate.probes)
     encoder, local = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
@@ -108,7 +112,7 @@ def _trained(item: SetProbeItem, probes: StudentProbes, hooks: Hooks) -> DualEnc
     model = build(run.model, subsets[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
     model.temperature = run.student_temperature
 
-    def heartbeat(subset: int, passes: int) -> None:
+    def heartbeat(stage: int, passes: int) -> None:
         hooks.should_stop()
 
     try:

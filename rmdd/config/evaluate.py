@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.order import Between, Order
 from rmdd.config.probes import Probe
 from rmdd.config.probes import clashes as clashes_of_probes
 from rmdd.config.runfile import Clash, Section
@@ -24,6 +25,18 @@ class Evaluate(Section):
     epochs: PositiveInt = Field(
         50, description="number of training epochs on each subset of the set", json_schema_extra=no_hash("baseline")
     )
+    order: Order = Field(
+        "sequence",
+        description="sequence: students learn one subset after the other; cumulative: the first, then the first two "
+        "joined, and so on; union: all joined; joined subsets are trained on as one",
+        json_schema_extra=no_hash("baseline", "learned"),
+    )
+    between: Between = Field(
+        "zeros",
+        description="zeros: images and texts of different joined subsets have similarity 0; masked: they take no part "
+        "in the loss, which is the mean over the subsets in a batch, weighted by their pairs",
+        json_schema_extra=no_hash("baseline", "learned"),
+    )
     batch: Annotated[int, Field(ge=2)] = Field(
         128, description="number of pairs per training step; a subset with fewer pairs is one batch"
     )
@@ -39,7 +52,8 @@ class Evaluate(Section):
     )
     lr: Literal["own", "last"] = Field(
         "own",
-        description="own: each subset's learned learning rates; last: those of the last subset for all subsets",
+        description="own: each subset's learned learning rates, or the mean of joined subsets, weighted by pairs; "
+        "last: those of the last subset for all subsets",
         json_schema_extra=no_hash("baseline"),
     )
     text_lr: Literal["own", "image"] = Field(
@@ -117,8 +131,13 @@ class Evaluate(Section):
         return clashes_of_probes(self.probes)
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave `augment: none` out of the baseline hash, so that baselines older than this field stay valid."""
-        return ("augment",) if purpose == "baseline" and self.augment == "none" else ()
+        """Leave out fields that have no effect, so that hashes older than these fields stay valid."""
+        without = {
+            "augment": purpose == "baseline" and self.augment == "none",
+            "order": self.order == "sequence",
+            "between": self.order == "sequence" or self.between == "zeros",
+        }
+        return tuple(name for name, no_effect in without.items() if no_effect)
 
 
 class Runtime(Section):

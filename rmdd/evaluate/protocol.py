@@ -19,13 +19,14 @@ table thus differ only in their training pairs.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from rmdd import config
+from rmdd.config.order import pairs_of_stages, stages
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
@@ -133,9 +134,9 @@ class StudentProtocol:
         return updates(self.rule, self.phase_pairs)
 
 
-def updates(rule: config.Evaluate, phase_pairs: Iterable[int]) -> int:
+def updates(rule: config.Evaluate, phase_pairs: Sequence[int]) -> int:
     """Return the number of SGD steps of a student that is trained on subsets with `phase_pairs` pairs each."""
-    return sum(-(-pairs // rule.batch) * rule.epochs for pairs in phase_pairs)
+    return sum(-(-pairs // rule.batch) * rule.epochs for pairs in pairs_of_stages(rule.order, phase_pairs))
 
 
 def pairs_of_subset(synthetic: Synthetic, image_size: int) -> TrainingPairs:
@@ -207,7 +208,7 @@ def train_and_score(
     """Train and score one student; return its record.
 
     `test` must be None for the kinds in `SELECTION_KINDS`, otherwise `TestIsClosed` is raised. `on_pass` is called
-    after every pass over a subset, `finished` with the trained student, `on_ranks` with the student's ranks on test.
+    after every pass over a stage, `finished` with the trained student, `on_ranks` with the student's ranks on test.
     """
     if job.kind in SELECTION_KINDS and test is not None:
         check_split_is_open(job, "test")
@@ -231,12 +232,13 @@ def train_and_score(
         if schedule.drop_after is not None:
             schedule = replace(schedule, drop_after=(schedule.epochs + 1) // 2)
     schedule = replace(schedule, augment=job.augment or schedule.augment).on(pixels.mean, pixels.std)
+    last_stage = len(stages(schedule.order, len(subsets))) - 1
     curve: list[dict[str, Any]] = []
 
-    def after_pass(subset: int, passes: int) -> None:
+    def after_pass(stage: int, passes: int) -> None:
         on_pass()
-        last = subset == len(subsets) - 1 and passes == schedule.epochs
-        point: dict[str, Any] = {"subset": subset, "passes": passes}
+        last = stage == last_stage and passes == schedule.epochs
+        point: dict[str, Any] = {"subset": stage, "passes": passes}
         if reference is not None and passes in reference.points:
             curve.append(point | {"test": score(model, scored_on, device, rule.chunk).as_dict()})
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):

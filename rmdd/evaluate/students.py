@@ -1,9 +1,11 @@
 """Train and score students: newly initialised models that learn from a distilled set or from real pairs.
 
-One student is trained on all subsets of a set in order. By default the number of passes is fixed, and every subset has
-its own learned learning rates, optimiser and schedule.
+One student is trained on all subsets of a set in stages: one subset after the other, or several subsets joined (see
+`rmdd.config.order`). By default the number of passes is fixed, and every stage has its own learned learning rates,
+optimiser and schedule.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmdd import config
+from rmdd.config.order import Between, Order, stages
 from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import derive, generator
 from rmdd.data.images import normalise
@@ -29,18 +32,39 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """The training data of one subset: M pairs, their target similarities, and a learning rate per tower."""
+    """The training data of one stage: M pairs, their target similarities, and a learning rate per tower."""
 
     images: Float[Tensor, "M 3 H W"]
     texts: Float[Tensor, "M F"]
     similarity: Float[Tensor, "M M"]
     lr_image: float
     lr_text: float
+    subset_of: Int[Tensor, " M"] | None = None
+    """Number of the subset of each pair, if pairs of different subsets take no part in the loss; None: all pairs do."""
+
+
+def joined(subsets: Sequence[TrainingPairs], between: str) -> TrainingPairs:
+    """Join subsets to one training set with a block-diagonal similarity; a single subset is returned as it is.
+
+    The learning rates are the means of those of the subsets, weighted by their numbers of pairs. With `between: masked`
+    pairs of different subsets take no part in the loss.
+    """
+    if len(subsets) == 1:
+        return subsets[0]
+    pairs = [len(subset.images) for subset in subsets]
+    return TrainingPairs(
+        torch.cat([subset.images for subset in subsets]),
+        torch.cat([subset.texts for subset in subsets]),
+        torch.block_diag(*(subset.similarity for subset in subsets)),
+        statistics.fmean((subset.lr_image for subset in subsets), weights=pairs),
+        statistics.fmean((subset.lr_text for subset in subsets), weights=pairs),
+        torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs)) if between == "masked" else None,
+    )
 
 
 @dataclass(frozen=True)
 class StudentSchedule:
-    """The training schedule of a student on the subsets of a distilled set."""
+    """The training schedule of a student on the subsets of a distilled set; "subset" below means a whole stage."""
 
     epochs: int
     """Number of passes over each subset."""
@@ -69,6 +93,10 @@ class StudentSchedule:
     """Pixel mean with which images were normalised, for augmentations of 8-bit images."""
     std: tuple[float, ...] | None = None
     """Pixel standard deviation with which images were normalised."""
+    order: Order = "sequence"
+    """Which subsets form the stages (see `rmdd.config.order`)."""
+    between: Between = "zeros"
+    """Target of pairs of different subsets of a stage: similarity 0, or masked (no part in the loss)."""
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "StudentSchedule":
@@ -84,6 +112,8 @@ class StudentSchedule:
             rates=rule.lr,
             text_rate=rule.text_lr,
             augment=rule.augment,
+            order=rule.order,
+            between=rule.between,
         )
 
     def on(self, mean: Sequence[float], std: Sequence[float]) -> "StudentSchedule":
@@ -125,11 +155,11 @@ def train_student(
     loss: str,
     seed: int,
     student: int,
-    after_pass: Callable[[int, int], None] = lambda subset, passes: None,
+    after_pass: Callable[[int, int], None] = lambda stage, passes: None,
 ) -> None:
-    """Train `model` in place on each subset in order; call `after_pass(subset, passes)` after every pass.
+    """Train `model` in place on each stage in order; call `after_pass(stage, passes)` after every pass.
 
-    Batches, dropout and augmentation depend only on (seed, student, subset, pass). Student i therefore gets the same
+    Batches, dropout and augmentation depend only on (seed, student, stage, pass). Student i therefore gets the same
     random draws for every training set, which makes methods comparable. Raise `Diverged` for a learning rate that is
     not positive, or a loss that is not finite.
     """
@@ -139,10 +169,11 @@ def train_student(
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and _is_trained(name, schedule))
     model.train()
-    for s, pairs in enumerate(subsets):
+    for s, stage in enumerate(stages(schedule.order, len(subsets))):
+        pairs, name = joined([subsets[k] for k in stage], schedule.between), " + ".join(map(str, stage))
         rates = subsets[-1] if schedule.rates == "last" else pairs
         if optimiser is None or not schedule.chain:
-            optimiser = _optimiser(model, rates, schedule, s)
+            optimiser = _optimiser(model, rates, schedule, name)
         images, texts = pairs.images.to(device), pairs.texts.to(device)
         similarity = pairs.similarity.to(device)
         for epoch in range(schedule.epochs):
@@ -156,14 +187,16 @@ def train_student(
                 for chosen in batches(len(images), schedule, draw):
                     index = chosen.to(device)
                     pictures = images[index] if augmented is None else augmented(images[index], views)
-                    value = LOSSES[loss](model(pictures, texts[index]), similarity[index][:, index])
+                    logits, targets = model(pictures, texts[index]), similarity[index][:, index]
+                    subset_of = None if pairs.subset_of is None else pairs.subset_of[chosen]
+                    value = _loss(loss, logits, targets, subset_of)
                     optimiser.zero_grad(set_to_none=True)
                     value.backward()
                     optimiser.step()
             if not torch.isfinite(value):
                 raise Diverged(
-                    f"student {student} diverged on subset {s} in pass {epoch}: loss {value.item()} at learning rates "
-                    f"{rates.lr_image:.4g} (image) and {rates.lr_text:.4g} (text)"
+                    f"student {student} diverged on subset {name} in pass {epoch}: loss {value.item()} at learning "
+                    f"rates {rates.lr_image:.4g} (image) and {rates.lr_text:.4g} (text)"
                 )
             after_pass(s, epoch + 1)
 
@@ -177,7 +210,21 @@ def batches(pairs: int, schedule: StudentSchedule, random: torch.Generator) -> l
     return list(cut if keep_last else cut[:-1])
 
 
-def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, subset: int) -> torch.optim.SGD:
+def _loss(
+    name: str, logits: Float[Tensor, "b b"], targets: Float[Tensor, "b b"], subset_of: Int[Tensor, " b"] | None
+) -> Float[Tensor, ""]:
+    """Return the loss of a batch. `subset_of` numbers the subset of each pair; only pairs of one subset are compared.
+
+    The loss is then the mean of the losses of the subsets in the batch, weighted by their numbers of pairs.
+    """
+    if subset_of is None:
+        return LOSSES[name](logits, targets)
+    parts = [(subset_of == k).nonzero()[:, 0].to(logits.device) for k in subset_of.unique()]
+    losses = [len(rows) * LOSSES[name](logits[rows][:, rows], targets[rows][:, rows]) for rows in parts]
+    return torch.stack(losses).sum() / len(subset_of)
+
+
+def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, subset: str) -> torch.optim.SGD:
     by_tower = {"image": rates.lr_image, "text": rates.lr_image if schedule.text_rate == "image" else rates.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = []

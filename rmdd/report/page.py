@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.config.order import in_words
 from rmdd.config.recipes import TITLES
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
@@ -65,6 +66,7 @@ def write_report(
         "groups": _result_groups(name, distilled, evaluation),
         "probes": _probes(name, distilled, evaluation),
         "recalls": RECALLS,
+        "order": in_words(distilled.order, distilled.between) if len(distilled.subsets) > 1 else "",
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
         "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),

@@ -137,7 +137,7 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next subset."""
+    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next stage."""
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):
@@ -147,8 +147,8 @@ def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels:
             drawing.ax.plot(x, y, color=IMAGE, lw=1.1, alpha=0.75, marker=".", ms=4, label=label)
         for (name, value), colour in zip(levels.items(), (REST, FULL), strict=False):
             drawing.ax.axhline(value, color=colour, lw=1.2, ls="--", label=name)
-        for subset in range(1, 1 + max((p["subset"] for c in curves for p in c), default=0)):
-            drawing.ax.axvline(subset * epochs, color=INK, lw=0.8, ls=":")
+        for stage in range(1, 1 + max((p["subset"] for c in curves for p in c), default=0)):
+            drawing.ax.axvline(stage * epochs, color=INK, lw=0.8, ls=":")
         drawing.ax.set_ylim(bottom=0)
     return drawing.svg()
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rmdd import config, methods
 from rmdd.config.budget import cost
+from rmdd.config.order import pairs_of_stages
 from rmdd.data import sources
 from rmdd.data.inputs import input_path
 from rmdd.data.plan import make_plan
@@ -295,6 +296,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     one_epoch = (records // batch) * batch * work.training + val * work.forward
     experts = teach.num * (teach.epochs * one_epoch + val * work.forward)
     subsets = [p.pairs for p in run.distill.phases]
+    stages = pairs_of_stages(rule.order, subsets)
 
     def student(pairs: list[int], passes: int, images_scored: int) -> int:
         trained = sum(-(-m // rule.batch) * min(rule.batch, m) for m in pairs)
@@ -303,13 +305,13 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     snapshots = max(len(snapshot_iterations(p.iterations, run.distill.snapshots)) for p in run.distill.phases)
     select = rule.selection_students * snapshots if snapshots > 1 else 0
     tune = len(rule.baseline_lrs) * len(rule.baseline_losses) * min(rule.selection_students, rule.baseline_draws)
-    curve = len(subsets) * (rule.epochs // rule.eval_every) * val
+    curve = len(stages) * (rule.epochs // rule.eval_every) * val
     reference = reference_of(rule, run.distill.method, run.distill.loss, run.student_temperature)
     random_pairs = [run.distill.budget]
     evaluate = (
-        select * student(subsets, rule.epochs, val)
+        select * student(stages, rule.epochs, val)
         + tune * student(random_pairs, rule.epochs, val)
-        + rule.students * student(subsets, rule.epochs, curve + val + test)
+        + rule.students * student(stages, rule.epochs, curve + val + test)
         + (
             reference.students
             * student(subsets, reference.schedule.epochs, len(subsets) * len(reference.points) * test)

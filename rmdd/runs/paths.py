@@ -98,7 +98,7 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {
         "budget": run.distill.budget,
-        "updates": protocol.updates(run.evaluate, (p.pairs for p in run.distill.phases)),
+        "updates": protocol.updates(run.evaluate, [p.pairs for p in run.distill.phases]),
     }
     baseline = {**trained, **facts, "evaluate": run.hashed("evaluate", "baseline")}
     storage = root_of(run.runtime)

@@ -16,6 +16,7 @@ from rmdd.artefact import card
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.budget import cost
 from rmdd.core.files import sha256_file
+from rmdd.models.losses import LOSSES
 
 KINDS = ("full", "low_rank", "identity")
 
@@ -79,6 +80,40 @@ def test_round_trip_is_exact(tmp_path, kind):
             assert list(getattr(old, name)) == list(getattr(new, name))
     for name in ("mean", "std", "model", "method", "loss", "config", "provenance", "metrics"):
         assert getattr(before, name) == getattr(after, name)
+
+
+def test_the_order_of_training_is_saved(tmp_path):
+    folder = make_set(pairs=(6, 5, 3), order="cumulative", between="masked").save(tmp_path / "set")
+    info, after = json.loads((folder / "set.json").read_text()), rmdd.load(folder)
+    assert info["training"] == {"order": "cumulative", "between": "masked"}
+    assert info["stages"] == [[0], [0, 1], [0, 1, 2]]
+    assert (after.order, after.between, after.stages) == ("cumulative", "masked", ((0,), (0, 1), (0, 1, 2)))
+    edit(folder, lambda info: (info.pop("training"), info.pop("stages")))
+    old = rmdd.load(folder)
+    assert (old.order, old.between, old.stages) == ("sequence", "zeros", ((0,), (1,), (2,)))
+    edit(folder, lambda info: info.update(training={"order": "backwards"}))
+    with pytest.raises(ValueError, match="order must be one of sequence, cumulative, union; found 'backwards'"):
+        rmdd.load(folder)
+    with pytest.raises(ValueError, match="between must be one of zeros, masked; found 'ones'"):
+        make_set(between="ones")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_has_the_pairs_and_the_similarity_of_its_subsets(kind):
+    distilled = make_set(kind, pairs=(3, 2, 4), order="cumulative")
+    for number, stage in enumerate(distilled.stages):
+        pairs, similarity = distilled.as_dataset(number), distilled.similarity_of(number)
+        assert len(pairs) == len(similarity) == (3, 5, 9)[number]
+        assert sorted({pair["subset"] for pair in pairs}) == list(stage)
+        for row, pair in enumerate(pairs):
+            k, i = pair["subset"], pair["index"]
+            assert torch.equal(pair["text"], distilled.subsets[k].texts[i])
+            for column, other in enumerate(pairs):
+                matrix = distilled.subsets[k].matrix
+                expected = matrix[i, other["index"]] if other["subset"] == k else torch.tensor(0.0)
+                assert torch.equal(similarity[row, column], expected)
+    with pytest.raises(ValueError, match="stage must be from 0 to 2; found 3"):
+        distilled.as_dataset(3)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
@@ -146,20 +181,58 @@ def test_budget_agrees_with_the_plan(kind):
 def test_card_script_trains_without_rmdd(tmp_path, kind, loss):
     folder = card.export(make_set(kind, loss), tmp_path / "set")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert len(code.strip().splitlines()) <= 12 and "rmdd" not in code
+    assert len(code.strip().splitlines()) <= 14 and "rmdd" not in code
     alone = "import sys\nsys.modules['rmdd'] = None\n" + code
     done = subprocess.run([sys.executable, "-I", "-c", alone], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for k in range(2):
-        losses = [float(x) for x in re.findall(rf"subset {k} step \d+ loss (\S+)", done.stdout)]
+        losses = [float(x) for x in re.findall(rf"stage {k} step \d+ loss (\S+)", done.stdout)]
         assert len(losses) == 30 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("between", ["zeros", "masked"])
+@pytest.mark.parametrize("order", ["sequence", "cumulative", "union"])
+@pytest.mark.parametrize(("kind", "loss"), [("full", "mse"), ("low_rank", "wbce"), ("identity", "infonce")])
+def test_the_card_script_follows_the_stages(tmp_path, monkeypatch, capsys, kind, loss, order, between):
+    distilled = make_set(kind, loss, order=order, between=between)
+    monkeypatch.chdir(card.export(distilled, tmp_path / "set"))
+    after = {}
+    exec(card.script(distilled), after)
+    steps = [int(k) for k in re.findall(r"stage (\d+) step", capsys.readouterr().out)]
+    assert steps == [k for k in range(len(distilled.stages)) for _ in range(30)]
+    last = [distilled.subsets[k] for k in distilled.stages[-1]]
+    assert torch.equal(after["x"], torch.cat([s.images for s in last]))
+    assert torch.equal(after["y"], torch.cat([s.texts for s in last]))
+    if order == "sequence" or between == "zeros":
+        torch.testing.assert_close(after["s"], distilled.similarity_of(len(distilled.stages) - 1))
+        expected = LOSSES[loss](after["z"], after["s"])
+    else:
+        sizes = [s.pairs for s in last]
+        blocks = [rows.split(sizes, dim=1)[k] for k, rows in enumerate(after["scores"].split(sizes))]
+        total = sum(s.pairs * LOSSES[loss](z, s.matrix) for z, s in zip(blocks, last, strict=True))
+        expected = total / sum(sizes)
+    torch.testing.assert_close(after["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ("sequence", "Train on one subset after the other."),
+        ("cumulative", "Train on the first subset, then on the first two at once, and so on; the similarity of pairs"),
+        ("union", "Train on all subsets at once; the similarity of pairs of different subsets is 0."),
+    ],
+)
+def test_the_card_says_the_order(order, words):
+    assert words in card.text(make_set(order=order))
+    masked = card.text(make_set(order=order, between="masked"))
+    assert ("pairs of different subsets take no part in the loss." in masked) == (order != "sequence")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", ["wbce", "infonce"])
 def test_card_script_lines_are_short(kind, loss):
     code = card.script(make_set(kind, loss)).splitlines()
-    assert len(code) <= 12 and max(map(len, code)) <= 125
+    assert len(code) <= 14 and max(map(len, code)) <= 125
 
 
 def test_as_dataset_feeds_a_loader(saved):

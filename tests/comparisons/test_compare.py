@@ -183,6 +183,27 @@ def test_a_set_with_fewer_phases_has_a_remark_on_its_updates(storage):
     assert rows[0]["remarks"] == ["its students train for 3 updates, students of real pairs for 6"]
 
 
+@pytest.mark.parametrize("between", ["zeros", "masked"])
+def test_a_set_is_learned_in_its_own_order(storage, between):
+    """The rows have the scores of the runs that made the sets, whichever of the two run files gives the protocol."""
+    one, _ = folders(storage)
+    changes = [f"runtime.storage={storage}", "name=union", "evaluate.order=union", f"evaluate.between={between}"]
+    run = config.load(one / "run.yaml", changes)
+    union = rmdd.run(run, QUIET).set.parent
+    distilled = DistilledSet.load(union / "set")
+    assert (distilled.order, distilled.between, distilled.stages) == ("union", between, ((0, 1),))
+    assert "Students of the set train on all subsets at once" in (union / "report.html").read_text()
+    for protocol_run in (protocol(storage), run):
+        rows = rmdd.compare([one, union], protocol_run, progress=QUIET).rows
+        for row, folder in zip(rows, (one, union), strict=True):
+            for split in ("val", "test_last"):
+                assert row[split] == table_of(folder)["ptm_st"][split]
+        assert rows[1]["remarks"][0].startswith("its students train on all subsets at once")
+    assert rows[0]["test_last"] != rows[1]["test_last"]
+    transferred = rmdd.transfer(union, ["test_resnet"], protocol(storage), progress=QUIET)
+    assert transferred.rows[0]["test_last"] == rows[1]["test_last"]
+
+
 def test_subsets_are_checked_against_the_split_before_training(storage, monkeypatch):
     one, _ = folders(storage)
     foreign = replace(subset_of(storage, [0, 1]), records=(("nowhere", 0),))

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from typing import get_args
 
 import pytest
 from changing import RUN, hashes, moved, sections
@@ -10,6 +11,7 @@ from hash_table import MOVES, WITHIN
 
 import rmdd
 from rmdd import config
+from rmdd.config.hashing import Purpose
 from rmdd.config.runfile import Section
 from rmdd.runs import paths
 
@@ -46,7 +48,13 @@ def derived(kind):
     return {kind}.union(*map(derived, kind.__subclasses__()))
 
 
+@pytest.mark.parametrize("purpose", get_args(Purpose))
+def test_the_default_order_is_in_no_hash(purpose):
+    assert not {"order", "between"} & RUN.hashed("evaluate", purpose).keys()
+
+
 TRAINED = {"run", "store", "phases", "baseline"}
+TWO_PHASES = {"distill": {"phases": [{"pairs": 20}, {"pairs": 20}]}, "evaluate": {"batch": 20}}
 WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
 
 
@@ -62,6 +70,9 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
         ({}, {"experts": {"worker_group": {"strategy": "zero1"}}}, set()),
         ({}, {"experts": {"forgetting": 100}}, TRAINED),
         ({}, {"evaluate": {"augment": "dsa"}}, {"run", "baseline"}),
+        ({}, {"evaluate": {"between": "masked"}}, set()),
+        (TWO_PHASES, {"evaluate": {"order": "cumulative"}}, {"run", "baseline"}),
+        ({"evaluate": {"order": "union"}}, {"evaluate": {"between": "masked"}}, {"run"}),
         ({}, {"seed": 3}, TRAINED | {"plan"}),
         ({}, {"distill": {"guard": {"retries": 9}}}, set()),
         ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan"}),

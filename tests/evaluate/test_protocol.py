@@ -289,10 +289,13 @@ def test_students_of_the_set_use_its_temperature_and_others_that_of_the_model(
     assert temperatures == of_the_set | {"baseline": 0.3, "tune": 0.3}
 
 
-def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
-    """With batches of 4, a pass takes 2 + 2 updates over phases of 6 and 5 pairs, but 2 updates over 7 random pairs."""
-    plan = (config.Phase(pairs=6), config.Phase(pairs=5))
-    run = run_of().model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
+@pytest.mark.parametrize(
+    ("order", "updates", "passes"), [("sequence", 20, 10), ("cumulative", 30, 15), ("union", 20, 10)]
+)
+def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch, order, updates, passes):
+    """With batches of 4, a pass takes 2 updates over 6 or 7 pairs, 2 over 7, and 4 over the 13 pairs of both phases."""
+    plan = (config.Phase(pairs=6), config.Phase(pairs=7))
+    run = run_of(order=order).model_copy(update={"distill": config.Distill(budget=7, phases=plan, batch=4)})
     epochs = {}
 
     def train(model, subsets, rule, *rest):
@@ -301,7 +304,27 @@ def test_random_pairs_get_as_many_updates_as_the_distilled_set(monkeypatch):
     monkeypatch.setattr(protocol, "train_student", train)
     train_job(Job("baseline", 0), run, training_pairs(run, 1), VAL, TEST, CPU)
     train_job(Job("student", 0), run, training_pairs(run, 2), VAL, TEST, CPU)
-    assert epochs == {1: 10, 2: 5}
+    assert epochs == {1: passes, 2: 5}
+    assert StudentProtocol.of(run).updates == updates
+
+
+@pytest.mark.parametrize(("order", "stages"), [("sequence", 2), ("cumulative", 2), ("union", 1)])
+def test_a_student_is_scored_after_the_last_pass_of_its_last_stage(order, stages):
+    run = run_of(order=order)
+    for kind in ("student", "hard"):
+        record = train_job(Job(kind, 0), run, training_pairs(run), VAL, TEST, CPU)
+        expected = [(stage, n) for stage in range(stages) for n in (2, 4, 5) if n < 5 or stage == stages - 1]
+        assert [(p["subset"], p["passes"]) for p in record["curve"]] == (expected if kind == "student" else [])
+        if kind == "student":
+            assert record["curve"][-1]["val"] == record["val"]
+
+
+def test_a_reference_protocol_keeps_its_own_order():
+    records = [
+        train_job(Job("reference", 0), run, training_pairs(run), VAL, TEST, CPU)
+        for run in (run_of(), run_of(order="union", between="masked"))
+    ]
+    assert records[0] == records[1]
 
 
 @pytest.mark.parametrize("kind", ["tune", "select", "student", "baseline", "hard"])

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rmdd import config
+from rmdd.config.order import stages
 from rmdd.core.seeding import generator
 from rmdd.data.images import normalise
 from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.evaluate.retrieval import recalls
-from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, score, train_student
+from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, joined, score, train_student
 from rmdd.models.dual import build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.models.prepared import PreparedSplit
@@ -63,13 +64,42 @@ def plain_loop(model, training_pairs, rule, loss):
             for _ in range(steps):
                 index = torch.randperm(len(subset.images), generator=random)[: rule.batch]
                 logits = model(subset.images[index], subset.texts[index])
-                grads = torch.autograd.grad(
-                    LOSSES[loss](logits, subset.similarity[index][:, index]), list(params.values())
-                )
+                value = loss_by_loops(loss, logits, subset, index.tolist())
+                grads = torch.autograd.grad(value, list(params.values()))
                 with torch.no_grad():
                     for (name, p), g in zip(params.items(), grads, strict=True):
                         speed[name] = rule.momentum * speed.get(name, 0) + g + rule.weight_decay * p
                         p -= rate[tower_of(name)] * (rule.drop if dropped else 1) * speed[name]
+
+
+def loss_by_loops(loss, logits, subset, index):
+    """Return the loss of a batch of the pairs `index`; the entries of each subset are collected by a double loop."""
+    numbers = [0 if subset.subset_of is None else int(subset.subset_of[i]) for i in index]
+    total = 0
+    for number in set(numbers):
+        rows = [i for i, other in enumerate(numbers) if other == number]
+        z = torch.stack([torch.stack([logits[i, j] for j in rows]) for i in rows])
+        s = torch.stack([torch.stack([subset.similarity[index[i], index[j]] for j in rows]) for i in rows])
+        total = total + len(rows) * LOSSES[loss](z, s)
+    return total / len(index)
+
+
+def joined_by_hand(subsets, between, rates=None):
+    """Return the pairs of several subsets as one training set, written entry by entry; `rates` gives other rates."""
+    places = [(k, i) for k, subset in enumerate(subsets) for i in range(len(subset.images))]
+    similarity = torch.zeros(len(places), len(places), dtype=torch.float64)
+    for a, (k, i) in enumerate(places):
+        for b, (other, j) in enumerate(places):
+            if k == other:
+                similarity[a, b] = subsets[k].similarity[i, j]
+    return TrainingPairs(
+        torch.stack([subsets[k].images[i] for k, i in places]),
+        torch.stack([subsets[k].texts[i] for k, i in places]),
+        similarity,
+        rates.lr_image if rates else sum(subsets[k].lr_image for k, _ in places) / len(places),
+        rates.lr_text if rates else sum(subsets[k].lr_text for k, _ in places) / len(places),
+        torch.tensor([k for k, _ in places]) if between == "masked" else None,
+    )
 
 
 def distance(a, b):
@@ -87,6 +117,51 @@ def test_training_equals_the_plain_loop(schedule, lr, loss, epochs):
     plain_loop(expected, training_pairs(), rule, loss)
     assert distance(actual, expected) < 1e-12
     assert distance(actual, fresh()) > 1e-3
+
+
+@pytest.mark.parametrize("between", ["zeros", "masked"])
+@pytest.mark.parametrize("order", ["cumulative", "union"])
+@pytest.mark.parametrize(("loss", "lr", "schedule"), [("wbce", "own", "per_subset"), ("infonce", "last", "shared")])
+def test_joined_subsets_equal_pairs_joined_by_hand(order, between, loss, lr, schedule):
+    subsets = [*training_pairs(), pairs_of(2, 4, 0.01, 0.02)]
+    rule = rule_of(order=order, between=between, lr=lr, schedule=schedule, batch=6)
+    by_hand = {"cumulative": (subsets[:1], subsets[:2], subsets), "union": (subsets,)}[order]
+    rates = subsets[-1] if lr == "last" else None
+    actual, expected, passes = fresh(), fresh(), []
+    train_student(actual, subsets, rule, loss, SEED, STUDENT, lambda *done: passes.append(done))
+    plain_loop(expected, [joined_by_hand(stage, between, rates) for stage in by_hand], rule, loss)
+    assert distance(actual, expected) < 1e-12
+    assert passes == [(stage, n) for stage in range(len(by_hand)) for n in range(1, 5)]
+    in_sequence = fresh()
+    train_student(in_sequence, subsets, rule_of(lr=lr, schedule=schedule, batch=6), loss, SEED, STUDENT)
+    assert distance(actual, in_sequence) > 1e-4
+
+
+def test_masked_and_zeros_give_different_students():
+    ends = {}
+    for between in ("zeros", "masked"):
+        ends[between] = fresh()
+        rule = rule_of(order="union", between=between)
+        train_student(ends[between], training_pairs(), rule, "wbce", SEED, STUDENT)
+    assert distance(ends["zeros"], ends["masked"]) > 1e-4
+
+
+def test_a_single_subset_is_the_same_in_every_order():
+    (single,) = training_pairs()[:1]
+    assert joined([single], "masked") is single
+    ends = []
+    for order in ("sequence", "cumulative", "union"):
+        ends.append(fresh())
+        train_student(ends[-1], [single], rule_of(order=order, between="masked"), "wbce", SEED, STUDENT)
+    assert distance(ends[0], ends[1]) == distance(ends[0], ends[2]) == 0
+
+
+@pytest.mark.parametrize("subsets", [1, 2, 4])
+def test_every_order_ends_with_all_subsets_learned(subsets):
+    everything = list(range(subsets))
+    assert stages("sequence", subsets) == tuple((p,) for p in everything)
+    assert stages("cumulative", subsets) == tuple(tuple(everything[: p + 1]) for p in everything)
+    assert stages("union", subsets) == (tuple(everything),)
 
 
 def test_options_schedule_and_lr_change_the_student():

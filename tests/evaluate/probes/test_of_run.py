@@ -10,6 +10,7 @@ from probing import BASE, run_of, textcaps_probe, vqa_probe, zero_shot_probe
 from typer.testing import CliRunner
 
 from rmdd import config
+from rmdd.artefact.distilled import DistilledSet
 from rmdd.cli import app as cli
 from rmdd.comparisons import probe_set as set_probes
 from rmdd.comparisons.probe_set import probe_set
@@ -159,14 +160,31 @@ def test_a_set_can_be_probed_without_its_run(finished, storage, tmp_path, format
     assert code == 2 and "evaluate.probes.gone: evaluate.probes.gone.data.root" in message
 
 
-def test_a_set_with_augmented_students_can_be_probed_without_its_run(tmp_path, formats_):
-    run = run_of(tmp_path / "runs", {}, "evaluate.augment=randaugment", "evaluate.students=1")
+PHASE = "{pairs: 2, start: 0, stop: 1, endpoint: 1, iterations: 2}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["evaluate.augment=randaugment"],
+        ["evaluate.order=union", "evaluate.between=masked", f"distill.phases=[{PHASE}, {PHASE}]", "distill.batch=2"],
+    ],
+)
+def test_a_set_with_other_students_can_be_probed_without_its_run(tmp_path, formats_, changes):
+    run = run_of(tmp_path / "runs", {}, *changes, "evaluate.students=1")
     probe_configs = {"cocoqa": vqa_probe(formats_ / "coco")}
     path = go(run, "export")
     away = [f"runtime.{o}" for o in (f"storage={tmp_path / 'away'}", "ray=off", "track=none")]
     output = probe_set(path, set_probes.run_of(path, probe_configs, away), Progress(quiet=True))
-    probed = go(run_of(tmp_path / "runs", probe_configs, "evaluate.augment=randaugment", "evaluate.students=1"))
+    probed = go(run_of(tmp_path / "runs", probe_configs, *changes, "evaluate.students=1"))
     assert output["table"]["ptm_st"]["probes"] == probed["table"]["ptm_st"]["probes"]
+
+
+def test_a_set_is_probed_in_its_own_order(finished, tmp_path, formats_):
+    """The order stored with the set decides, even if the run file in the set has another one."""
+    replace(DistilledSet.load(finished[1].set), order="cumulative", between="masked").save(tmp_path / "set")
+    run = set_probes.run_of(tmp_path / "set", {"cocoqa": vqa_probe(formats_ / "coco")})
+    assert (run.evaluate.order, run.evaluate.between) == ("cumulative", "masked")
 
 
 def test_a_finished_run_can_be_probed(finished, storage, tmp_path, formats_):
