@@ -39,7 +39,7 @@ OTHER = {"name": "two", "distill": {"seed": 9, "loss": "infonce", "temperature":
 
 
 def folders(storage):
-    return tuple(next(storage.glob(f"{name}-*")) for name in ("one", "two"))
+    return tuple(next(storage.glob(f"{name}-*/")) for name in ("one", "two"))
 
 
 def table_of(run):

@@ -28,7 +28,7 @@ def transferred(two_runs, bert, tmp_path_factory):
     import shutil
 
     storage = shutil.copytree(two_runs, tmp_path_factory.mktemp("transfer") / "runs")
-    one = next(storage.glob("one-*"))
+    one = next(storage.glob("one-*/"))
     to = [*IMAGES, f"text:{bert}@mean", f"test_resnet@random+text:{bert}"]
     return rmdd.transfer(one, to, overrides=["model.text.max_tokens=40"], random=True, progress=QUIET), one
 
@@ -114,14 +114,14 @@ def _train_captions(one):
 def test_timm_towers_give_pooled_features(two_runs, name):
     import timm
 
-    run = target(config.load(next(two_runs.glob("one-*")) / "run.yaml"), name)
+    run = target(config.load(next(two_runs.glob("one-*/")) / "run.yaml"), name)
     model = build(run.model, 16, run.data.image_size, 0, "student")
     width = timm.create_model(name, num_classes=0).num_features
     assert model.image_tower.width == width != 1000
 
 
 def test_target_parses_the_words_for_towers(two_runs, tmp_path):
-    run = config.load(next(two_runs.glob("one-*")) / "run.yaml")
+    run = config.load(next(two_runs.glob("one-*/")) / "run.yaml")
     assert target(run, "resnet18").model.image.weights == "random:0", "the seed must be that of the set's tower"
     assert target(run, "resnet18@pretrained").model.image.weights == "pretrained"
     other = target(run, "convnet@random:7+text:bert-base-uncased@mean").model
@@ -136,7 +136,7 @@ def test_target_parses_the_words_for_towers(two_runs, tmp_path):
 
 
 def test_all_wrong_towers_are_reported_before_training(storage, tmp_path):
-    one = next(storage.glob("one-*"))
+    one = next(storage.glob("one-*/"))
     to = [
         "resnet81",
         "test_vit",
@@ -170,7 +170,7 @@ def test_all_wrong_towers_are_reported_before_training(storage, tmp_path):
 
 
 def test_a_transfer_can_be_extended_and_resumed(storage):
-    one = next(storage.glob("one-*"))
+    one = next(storage.glob("one-*/"))
     rmdd.transfer(one, ["test_resnet"], progress=QUIET)
     before = {p: p.stat().st_mtime_ns for p in storage.glob("comparisons/students/*/*.json")}
     done = CliRunner().invoke(
@@ -186,7 +186,7 @@ def test_a_transfer_can_be_extended_and_resumed(storage):
 
 
 def test_full_adds_a_row_of_full_data_for_every_tower(storage):
-    one = next(storage.glob("one-*"))
+    one = next(storage.glob("one-*/"))
     result = rmdd.transfer(one, ["test_resnet"], full=True, progress=QUIET)
     full = [r for r in result.rows if r["kind"] == "full"]
     assert [r["tower"] for r in full] == ["convnet", "test_resnet"] and all(
@@ -199,7 +199,7 @@ def test_full_adds_a_row_of_full_data_for_every_tower(storage):
 
 
 def test_a_set_without_captions_cannot_change_the_text_encoder(storage, bert):
-    one = next(storage.glob("one-*"))
+    one = next(storage.glob("one-*/"))
     run = config.load(one / "run.yaml", [f"runtime.storage={storage}", "model.text.max_tokens=40"])
     with pytest.raises(config.ConfigError, match="has no captions"):
         prepare_transfer(str(one / "set" / "tensors.safetensors"), [f"text:{bert}"], run, [])
@@ -209,7 +209,7 @@ def test_a_set_without_captions_cannot_change_the_text_encoder(storage, bert):
 def test_ray_changes_no_number(ray_local, transferred, storage, bert):
     result, _ = transferred
     with_ray = ["runtime.ray=on", "runtime.workers=2", "model.text.max_tokens=40"]
-    again = rmdd.transfer(next(storage.glob("one-*")), ["test_resnet"], overrides=with_ray, progress=QUIET)
+    again = rmdd.transfer(next(storage.glob("one-*/")), ["test_resnet"], overrides=with_ray, progress=QUIET)
     expected = [r for r in result.rows if r["kind"] == "set" and (r["tower"], r["text"]) in
              (("convnet", "hashing"), ("test_resnet", "hashing"))]  # fmt: skip
     assert [r["students"] for r in again.rows] == [r["students"] for r in expected]
