@@ -134,6 +134,16 @@ class Distill(Section):
         description="trajectory that students are matched to: original (the expert's epochs), shortcut (the "
         "expert trajectory straightened to the endpoint), or convexified (straightened to the last epoch)",
     )
+    path_start: Literal["theta_0", "student"] = Field(
+        "theta_0",
+        description="trajectory shortcut: where the paths of the second and later phases start. theta_0: at the expert "
+        "before training; student: at a student that learned the earlier phases from theta_0, as evaluate says",
+    )
+    path_lag: PositiveInt | None = Field(
+        None,
+        description="path_start student: number of updates after which the next phase starts, and after which paths "
+        "start at new students of the sets made so far; null: a phase starts when the one before it is finished",
+    )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
         "inclusive",
         description="exclusive: the trajectory ends one epoch before the endpoint, as in the released expert buffers",
@@ -269,6 +279,9 @@ class Distill(Section):
 
     def clashes(self) -> list[Clash]:
         mistakes = []
+        if self.path_lag is not None and self.path_start == "theta_0":
+            text = "distill.path_lag needs paths that start at students; set distill.path_start: student"
+            mistakes.append(Clash(text, "distill.path_lag", "distill.path_start"))
         if self.method_name in ("random", "full"):
             text = (
                 f"distill.method is {self.method}, but '{self.method_name}' is the name of a baseline in all result "
@@ -288,6 +301,7 @@ class Distill(Section):
 
         The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
+        unused = ("path_start", "path_lag") if self.path_start == "theta_0" else ()  # as before these fields existed
         if purpose == "run":
-            return ("phases",) if self.plan.plans else ("plan",)
-        return ("plan",) if purpose == "phases" and self.plan.kind != "adaptive" else ()
+            return (*unused, "phases") if self.plan.plans else (*unused, "plan")
+        return (*unused, "plan") if purpose == "phases" and self.plan.kind != "adaptive" else unused

@@ -20,6 +20,7 @@ from rmdd import config
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import append_jsonl, cut_jsonl
 from rmdd.core.tensors import Damaged, facts_of, flatten_groups, load_checked, save_checked, split_groups
+from rmdd.distill.chain import segment_ends
 from rmdd.distill.guard import PhaseDiverged, divergence_reason, health_numbers
 from rmdd.distill.phases import Window
 from rmdd.distill.sets import save_set
@@ -198,16 +199,21 @@ def run_phase(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     exported: Callable[[Synthetic], Synthetic] = lambda synthetic: synthetic,
+    until: int | None = None,
 ) -> bool:
-    """Distil one phase into `folder`, resuming from its last checkpoint if any. Returns whether the phase finished.
+    """Distil one phase into `folder`, resuming from its last checkpoint if any. Returns whether the phase has made all
+    its updates, or the first `until` of them if given.
 
     `key` is the hash of the run; a checkpoint with a different key raises a `ValueError`. `open_stepper` gets the
     initial set of the phase and returns a `Stepper`. The loop writes `state.safetensors` at every checkpoint,
     `good.safetensors` every `guard.every` iterations, a line of `metrics.jsonl` per iteration and a line of
     `rollbacks.jsonl` per rollback. For every snapshot, it writes the set, converted by `exported`, to
-    `set-<iteration>.safetensors`. Raises `PhaseDiverged` after too many rollbacks; the last good state is on disk.
+    `set-<iteration>.safetensors`, and also at the end of every segment of a chained phase (`rmdd.distill.chain`).
+    Rollbacks never go back beyond the last end of a segment, as other phases use the set of that iteration. Raises
+    `PhaseDiverged` after too many rollbacks; the last good state is on disk.
     """
-    total = rule.phases[phase].iterations
+    total, ends = rule.phases[phase].iterations, segment_ends(rule, phase)
+    until = total if until is None else until
     log, rollbacks = folder / "metrics.jsonl", folder / "rollbacks.jsonl"
     files = {name: folder / f"{name}.safetensors" for name in ("state", "good")}
     first_state = State.begin(initial).to(device)
@@ -218,8 +224,8 @@ def run_phase(
     cut_jsonl(log, "iteration", state.iteration if state else 0)
     cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)
     last_set = folder / f"set-{total:06d}.safetensors"
-    if state and state.iteration >= total:
-        if not last_set.is_file():
+    if state and state.iteration >= until:
+        if state.iteration == total and not last_set.is_file():
             save_set(exported(state.average), last_set)
         return True
     stepper = open_stepper(first_state.raw)
@@ -236,8 +242,8 @@ def run_phase(
             append_jsonl(log, line)
         lines.clear()
 
-    snapshots = snapshot_iterations(total, rule.snapshots)
-    while state.iteration < total:
+    snapshots = {*snapshot_iterations(total, rule.snapshots), *ends}
+    while state.iteration < until:
         began = time.perf_counter()
         update = stepper.step(state)
         state, after, names = update.before, update.after, list(update.numbers)
@@ -294,10 +300,12 @@ def run_phase(
         stopping = should_stop()
         if state.iteration in snapshots:
             save_set(exported(state.average), folder / f"set-{state.iteration:06d}.safetensors")
-        saving = stopping or state.iteration % rule.checkpoint_every == 0 or state.iteration == total
-        if saving or state.iteration % rule.guard.every == 0:
+        segment_ended = state.iteration in ends
+        is_good = state.iteration % rule.guard.every == 0 or (segment_ended and state.iteration < total)
+        saving = stopping or segment_ended or state.iteration % rule.checkpoint_every == 0
+        if saving or is_good:
             state = _with_learned(state, stepper)
-        if state.iteration % rule.guard.every == 0:
+        if is_good:
             good = state
             good.save(files["good"], key)
         if saving:
@@ -315,7 +323,7 @@ def run_phase(
                 total,
                 rule.skip_above,
             )
-    return state.iteration == total
+    return state.iteration >= until
 
 
 def _with_learned(state: State, stepper: Stepper) -> State:
@@ -336,6 +344,8 @@ def verify(folder: Path, check: DiskCheck, snapshots: Iterable[int] = ()) -> Non
         is_state = file.name in ("state.safetensors", "good.safetensors")
         todo = f"delete this file and run again, or {remedy}" if is_state else remedy
         check.tensors(file, "state" if is_state else "set", todo)
+    for file in sorted(folder.glob("path-starts/*/*.safetensors")):
+        check.tensors(file, "path start", remedy)
     if (folder / "records.json").is_file():
         check.json(folder / "records.json", remedy)
     for log in sorted(folder.glob("*.jsonl")):

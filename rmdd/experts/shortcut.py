@@ -112,9 +112,10 @@ def arc_positions(steps: np.ndarray, size: float = 0.0) -> ArcPositions:
     return ArcPositions([float(x) for x in distance / total], total)
 
 
-def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) -> Path:
+def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int, start: Params | None = None) -> Path:
     """Open the path of one expert: `original` (as trained), `shortcut` (to `endpoint`), or `convexified` (the shortcut
-    to the last epoch). Raises `ValueError` when the endpoint lies after the last epoch of the store."""
+    to the last epoch). A shortcut begins at `start` if given, else at epoch 0 of the expert; its layers move at the
+    expert's pace either way. Raises `ValueError` when the endpoint lies after the last epoch of the store."""
     if rule.trajectory == "original":
         return OriginalPath(store, expert)
     last = store.epochs if rule.trajectory == "convexified" else endpoint
@@ -123,7 +124,8 @@ def open_path(store: Store, expert: int, rule: config.Distill, endpoint: int) ->
             f"the path ends at epoch {last} but the store at {store.path} holds epochs 0-{store.epochs}; lower the "
             f"endpoint to {store.epochs} or train experts with epochs: {last}"
         )
-    return ShortcutPath(store.read(expert, 0), store.read(expert, last), store.norms(expert), last)
+    begin = store.read(expert, 0) if start is None else start
+    return ShortcutPath(begin, store.read(expert, last), store.norms(expert), last)
 
 
 def _length(tensor: torch.Tensor) -> float:

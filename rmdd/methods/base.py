@@ -29,7 +29,17 @@ M = TypeVar("M", bound="BaseMethod")
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
 TRAJECTORY_FIELDS = (
-    *("trajectory", "endpoint_rule", "start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
+    *(
+        "trajectory",
+        "path_start",
+        "path_lag",
+        "endpoint_rule",
+        "start_rule",
+        "estimator",
+        "reuse_graphs",
+        "steps",
+        "match_epochs",
+    ),
     *("batch", "batches", "branches", "inner_dropout", "lr_similarity", "lr_lr"),
 )
 """Fields of `distill` that only trajectory-matching methods read."""

@@ -75,9 +75,9 @@ class MCT(LoRS):
             mistakes.append("distill.options.anchors above 2 and smooth_anchors read all epochs; set experts.keep: all")
         return mistakes
 
-    def path(self, store: Store, expert: int, phase: int) -> Path:
+    def path(self, store: Store, expert: int, phase: int, path_start: Params | None = None) -> Path:
         if not self.options.bends:
-            return super().path(store, expert, phase)
+            return super().path(store, expert, phase, path_start)
         return anchored(store, expert, self.options.anchors, smooth=self.options.smooth_anchors)
 
 

@@ -75,6 +75,12 @@ class Method(BaseMethod):
     @classmethod
     def clashes_of_family(cls, rule: config.Distill, experts: config.Experts, runtime: config.Runtime) -> list[Clash]:
         mistakes = _of_rule(cls, rule) + _of_phases(cls, rule)
+        if rule.path_start == "student" and (rule.trajectory != "shortcut" or rule.plan.kind == "adaptive"):
+            text = (
+                "distill.path_start: student replaces the start of a shortcut to a fixed endpoint; set "
+                "distill.trajectory: shortcut and do not set distill.phases: adaptive"
+            )
+            mistakes.append(Clash(text, "distill.path_start", "distill.trajectory", "distill.phases", "plan.kind"))
         if rule.inner_dropout == "fresh_mask" and runtime.keep_parameters == "recompute":
             text = (
                 "runtime.keep_parameters: recompute repeats steps of the first pass, but distill.inner_dropout: "
@@ -117,9 +123,10 @@ class Method(BaseMethod):
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
         ranks: WorkerParts | None = None,
+        until: int | None = None,
     ) -> bool:
         initial = load_set(folder / START)
-        return distill_phase(self, phase, store, model, initial, folder, device, key, on_step, should_stop)
+        return distill_phase(self, phase, store, model, initial, folder, device, key, on_step, should_stop, until)
 
     def curves(self, logged: Iterable[str]) -> list[Curves]:
         merged = self.rule.branches == "merged"
@@ -135,9 +142,12 @@ class Method(BaseMethod):
 
     # -- functions that a method may override --------------------------------------------------------------------------
 
-    def path(self, store: Store, expert: int, phase: int) -> shortcut.Path:
-        """Return the path along an expert's checkpoints; the start and the target of a student are points on it."""
-        return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase))
+    def path(self, store: Store, expert: int, phase: int, path_start: Params | None = None) -> shortcut.Path:
+        """Return the path along an expert's checkpoints; the start and the target of a student are points on it.
+
+        The path of a chained phase begins at `path_start` instead of the expert's first checkpoint.
+        """
+        return shortcut.open_path(store, expert, self.rule, self.run.endpoint_of(phase), path_start)
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]:
         """Return, for each tower, the half-open range of start epochs; called once at the start of each phase."""

@@ -11,6 +11,7 @@ from rmdd.core.storage import root_of, run_folder
 from rmdd.data.ingest import shaping
 from rmdd.data.inputs import absolute
 from rmdd.data.shards import Dataset
+from rmdd.distill.chain import is_chained
 from rmdd.distill.loop import snapshot_iterations
 from rmdd.evaluate import protocol
 from rmdd.experts.train import kept_epochs
@@ -95,6 +96,8 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     method = methods.method_of(run)
     recipe["version"] = method.version
     recipe["parts"] = [part.identity() for part in method.parts()]
+    if is_chained(run.distill):  # paths start at students of this run
+        recipe["students"] = run.hashed("evaluate", "learned")
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {
         "budget": run.distill.budget,

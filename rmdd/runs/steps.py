@@ -19,6 +19,7 @@ from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
+from rmdd.distill import chain
 from rmdd.distill.trajectory.planning import PLAN, budget_error, with_phases
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
@@ -33,6 +34,7 @@ from rmdd.generate.studio import Tools
 from rmdd.models.prepared import SplitSource
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.runs.items import TaskItem, record
+from rmdd.runs.path_starts import TrainPathStart
 from rmdd.runs.paths import HEALTH, candidates_of, dataset_folder, fetch_pretrained, is_finished, paths_of, protocol_of
 from rmdd.runs.students import TrainStudent
 from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
@@ -161,6 +163,8 @@ class Steps:
         run, paths, backend = item.run, item.paths, self.backend
         phases = range(len(run.distill.phases))
         with self.timed("distill"):
+            if chain.is_chained(run.distill):
+                self._distill_chain(item)
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
@@ -176,6 +180,24 @@ class Steps:
                 self.map("phases", DistillPhase(), items, totals)
             self.storage.fetch(paths.phases, _no_curve)
         return [paths.phase(p) for p in phases]
+
+    def _distill_chain(self, item: TaskItem) -> None:
+        """Distil chained phases wave by wave. Each wave first trains the students from which its paths start."""
+        rule, paths = item.run.distill, item.paths
+        phases, experts = range(len(rule.phases)), range(item.run.experts.num)
+        for wave in range(chain.waves(rule)):
+            work = {p: (chain.updates_after(rule, p, wave - 1), chain.updates_after(rule, p, wave)) for p in phases}
+            todo = {p: done for p, (begun, done) in work.items() if done > begun and not paths.set(p, done).is_file()}
+            starts = {(p, e): chain.sources(rule, p, work[p][0]) for p in todo if p for e in experts}
+            missing = {
+                f"phase {p}, expert {e}": replace(item, number=e, iterations=iterations)
+                for (p, e), iterations in starts.items()
+                if not chain.path_start_file(paths.phase(p), e, iterations).is_file()
+            }
+            self.map("path starts", TrainPathStart(), list(missing.values()), dict.fromkeys(missing, 1))
+            items = [replace(item, number=p) for p in todo]
+            self.map("phases", DistillPhase(wave=wave), items, {f"phase {p}": done for p, done in todo.items()})
+            self.storage.fetch(paths.phases, _no_curve)
 
     # -- students ------------------------------------------------------------------------------------------------
 

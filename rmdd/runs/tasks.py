@@ -17,6 +17,7 @@ from rmdd.core import tracking as track
 from rmdd.core.device import device_of
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.data.shards import Dataset
+from rmdd.distill.chain import updates_after
 from rmdd.distill.sets import load_set
 from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, with_explicit_phases, with_phases
 from rmdd.evaluate.health_of_run import health_report
@@ -98,6 +99,8 @@ class DistillPhase:
 
     parts: WorkerParts | None = None
     """Workers among which the random draws of each step are divided; None: this process computes all draws."""
+    wave: int | None = None
+    """Number of the wave of a chained run, up to which the phase is distilled; None: the phase is finished."""
 
     def target(self, item: TaskItem) -> Path:
         return item.paths.phase(item.number)
@@ -128,7 +131,10 @@ class DistillPhase:
 
             store, device, stop = Store.open(paths.store), device_of(run.runtime), hooks.should_stop
             pairs = method.pairs_of_step(item.number, train)
-            return method.distil(item.number, store, model, train, folder, device, key, on_step, stop, self.parts)
+            until = {} if self.wave is None else {"until": updates_after(run.distill, item.number, self.wave)}
+            return method.distil(
+                item.number, store, model, train, folder, device, key, on_step, stop, self.parts, **until
+            )
 
 
 @dataclass(frozen=True)

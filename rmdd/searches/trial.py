@@ -7,6 +7,7 @@ from typing import Any
 
 from rmdd import config, methods
 from rmdd.core.progress import Progress
+from rmdd.distill.chain import is_chained
 from rmdd.evaluate import protocol
 from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import SequentialExecutor
@@ -66,8 +67,8 @@ class Trial:
     def _score_next(self) -> dict[str, Any]:
         item, steps = self.pipeline.begin_phases(), self.pipeline.steps
         step, candidates = len(self.curve), candidates_of(item.run)
-        if not methods.method_of(item.run).iterates:  # a method that does not iterate has only one snapshot
-            self.pipeline.distill()
+        if not methods.method_of(item.run).iterates or is_chained(item.run.distill):
+            self.pipeline.distill()  # all snapshots at once
         for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():
                 steps.map("phases", DistillUntil(iteration), [replace(item, number=p)], {f"phase {p}": iteration})

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rmdd import config
+from rmdd.core.tensors import Damaged, load_checked, save_checked
+from rmdd.distill.chain import path_start_file, sources
 from rmdd.distill.phases import Draw, Ranges, Window
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
@@ -37,7 +40,7 @@ class Matched(Protocol):
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic: ...
 
-    def path(self, store: Store, expert: int, phase: int) -> shortcut.Path: ...
+    def path(self, store: Store, expert: int, phase: int, path_start: Params | None = None) -> shortcut.Path: ...
 
     def ranges(self, store: Store, experts: Sequence[int], phase: int) -> dict[str, tuple[int, int]]: ...
 
@@ -50,10 +53,34 @@ class Matched(Protocol):
     def corrected(self, matched: MetaGradient, start: Params, target: Params) -> MetaGradient: ...
 
 
-class Matcher:
-    """Computes the meta-gradients of one phase; holds the student model and the experts' paths."""
+def write_path_start(path: Path, params: Params, key: str) -> None:
+    """Write the parameters of a student from which a path starts; `key` is the hash of the run."""
+    save_checked(path, params, "path start", {"key": key})
 
-    def __init__(self, method: Matched, phase: int, store: Store, model: DualEncoder, device: torch.device):
+
+def read_path_start(path: Path) -> Params:
+    """Read the parameters of a student from which a path starts. Raises `ValueError` if the file is damaged."""
+    try:
+        return load_checked(path, "path start")[0]
+    except Damaged as error:
+        raise ValueError(f"the path start {path} is damaged ({error}); delete it and run again") from error
+
+
+class Matcher:
+    """Computes the meta-gradients of one phase; holds the student model and the experts' paths.
+
+    `folder` is the folder of the phase; only chained phases (`rmdd.distill.chain`) read it, to get the starts of paths.
+    """
+
+    def __init__(
+        self,
+        method: Matched,
+        phase: int,
+        store: Store,
+        model: DualEncoder,
+        device: torch.device,
+        folder: Path = Path(),
+    ):
         self.method, self.run = method, method.run
         self.phase, self.store, self.device, run = phase, store, device, method.run
         self.experts = [e for e in store.complete() if e < run.experts.num]
@@ -69,6 +96,7 @@ class Matcher:
         self.ranges: Ranges = dict(self.method.ranges(store, self.experts, phase))
         self._paths: dict[int, shortcut.Path] = {}
         self._endpoint: int | None = None
+        self.folder, self._sources = folder, sources(run.distill, phase, 0)
 
     def _features_of_pairs(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
         assert self.frozen_tower is not None
@@ -110,7 +138,8 @@ class Matcher:
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
             if self._endpoint is None:
-                self._paths[expert] = self.method.path(self.store, expert, self.phase)
+                start = read_path_start(path_start_file(self.folder, expert, self._sources)) if self._sources else None
+                self._paths[expert] = self.method.path(self.store, expert, self.phase, start)
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
             checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # size in bytes
@@ -123,6 +152,13 @@ class Matcher:
         self.ranges = {tower: (window.low, window.stop) for tower in TOWERS}
         if window.endpoint != self._endpoint:
             self._endpoint = window.endpoint
+            self._paths.clear()
+
+    def use_path_starts(self, iteration: int) -> None:
+        """Start the paths of a chained phase where they start after `iteration` updates."""
+        now = sources(self.run.distill, self.phase, iteration)
+        if now != self._sources:
+            self._sources = now
             self._paths.clear()
 
     def use_path(self, expert: int, path: shortcut.Path) -> None:

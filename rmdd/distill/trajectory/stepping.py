@@ -24,6 +24,7 @@ class Matching:
 
     def step(self, state: State) -> Step:
         state = adapted(self.matcher, state) if self.rule.plan.kind == "adaptive" else state
+        self.matcher.use_path_starts(state.iteration)
         drawn = self.matcher.draw(state.iteration)
         matched = self.matcher.gradient(state.raw, drawn)
         expert = self.matcher.experts[drawn.expert]
@@ -57,10 +58,12 @@ def distill_phase(
     key: str,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> bool:
     """Distil one phase by matching trajectories; see `rmdd.distill.loop.run_phase`."""
 
     def stepper(initial: Synthetic) -> Matching:
-        return Matching(Matcher(method, phase, store, model, device), initial)
+        return Matching(Matcher(method, phase, store, model, device, folder), initial)
 
-    return run_phase(method.run.distill, phase, initial, folder, device, key, stepper, on_step, should_stop)
+    rule = method.run.distill
+    return run_phase(rule, phase, initial, folder, device, key, stepper, on_step, should_stop, until=until)

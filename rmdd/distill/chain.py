@@ -1,0 +1,61 @@
+"""Chained phases (`distill.path_start: student`): which phase runs when, and which students its paths start from.
+
+A student reaches phase p from where the earlier subsets took it, not from theta_0. So the paths of phase p start at
+phi_p(e), a student that learned the subsets of the phases before p, from theta_0 of expert e. Phase p therefore needs
+the sets of the earlier phases. With a lag of N updates, phase p need not wait until they are finished:
+
+    The updates of a phase are cut into segments of N. Segment k of phase p runs in wave k + p, so all phases of a wave
+    can run at the same time, and P phases of I updates take the time of I + (P - 1) N updates.
+    The paths of segment k of phase p start at students of the set that phase q < p had after (k + p - q) N updates, or
+    after its last update. These are the newest sets of the waves before.
+
+Without a lag, each phase is one segment, and the phases run one after the other. The schedule alone decides which
+sets are used, so the results do not depend on the number of workers.
+"""
+
+from pathlib import Path
+
+from rmdd import config
+
+
+def is_chained(rule: config.Distill) -> bool:
+    """Return whether phases depend on the sets of earlier phases."""
+    return rule.path_start == "student" and len(rule.phases) > 1
+
+
+def waves(rule: config.Distill) -> int:
+    """Return the number of waves; independent phases all run in a single wave."""
+    if not is_chained(rule):
+        return 1
+    return max(p + -(-phase.iterations // _lag(rule)) for p, phase in enumerate(rule.phases))
+
+
+def updates_after(rule: config.Distill, phase: int, wave: int) -> int:
+    """Return the number of updates that `phase` has made after wave number `wave`, counted from 0."""
+    total = rule.phases[phase].iterations
+    return min(total, max(0, wave - phase + 1) * _lag(rule)) if is_chained(rule) else total
+
+
+def segment_ends(rule: config.Distill, phase: int) -> list[int]:
+    """Return the numbers of updates at which the segments of `phase` end."""
+    return sorted({updates_after(rule, phase, wave) for wave in range(waves(rule))} - {0})
+
+
+def sources(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]:
+    """Return the iterations of the sets of all earlier phases whose students `phase` starts its paths from.
+
+    `iteration` is the number of updates that `phase` has made. The result is empty if paths start at theta_0.
+    """
+    if not is_chained(rule):
+        return ()
+    wave = iteration // _lag(rule) + phase
+    return tuple(updates_after(rule, q, wave - 1) for q in range(phase))
+
+
+def path_start_file(folder: Path, expert: int, iterations: tuple[int, ...]) -> Path:
+    """Return the file in the folder of a phase with the student of one expert; see `sources` for `iterations`."""
+    return folder / "path-starts" / f"expert-{expert:03d}" / f"{'-'.join(map(str, iterations))}.safetensors"
+
+
+def _lag(rule: config.Distill) -> int:
+    return rule.path_lag or max(phase.iterations for phase in rule.phases)

@@ -1,0 +1,128 @@
+"""Whole runs with chained phases: the students from which paths start, and runs killed between and within phases."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import RUN, changed, go, stored
+
+from rmdd import config
+from rmdd.core.seeding import derive, generator
+from rmdd.distill.sets import load_set
+from rmdd.distill.trajectory.matching import read_path_start
+from rmdd.experts.store import Store
+from rmdd.models.dual import build
+from rmdd.models.losses import wbce
+from rmdd.pipeline import open_pipeline
+from rmdd.runs.path_starts import TrainPathStart
+from rmdd.runs.tasks import DistillPhase
+from rmdd.searches.formats import verify
+
+PHASE = {"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 6}
+CHAIN = changed(
+    RUN,
+    experts={"num": 2},
+    distill={"budget": 13, "phases": [PHASE, PHASE, PHASE], "path_start": "student", "path_lag": 4, "inner_lr": 0.01},
+)
+
+
+def results(storage: Path) -> dict[str, str]:
+    """Return the hash of every file with numbers of a run, by its path in the storage."""
+    files = [*storage.rglob("*.safetensors"), *storage.rglob("evaluation.json")]
+    return {str(f.relative_to(storage)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("whole")
+    go(config.load(stored(storage, CHAIN)))
+    return storage
+
+
+def test_a_path_starts_at_a_student_of_the_earlier_sets_from_theta_0_of_its_expert(whole):
+    run = config.load(stored(whole, CHAIN))
+    (phases,), (store,) = whole.glob("phases/*"), whole.glob("experts/*[!k]")
+    for expert in range(2):
+        model = build(run.model, 16, 16, run.seed_of("experts"), "expert", expert)
+        model.load_trained(Store.open(store).read(expert, 0))
+        seed = derive(run.seed_of("distill"), "path start", 2)
+        for p, iteration in enumerate((6, 4)):  # the sets of the earlier phases when phase 2 starts its first segment
+            pairs = load_set(phases / f"phase-{p}" / f"set-{iteration:06d}.safetensors")
+            moved = {n: torch.zeros_like(t) for n, t in model.named_parameters()}
+            for epoch in range(2):
+                drop = 1.0 if epoch == 0 else 0.1
+                order = torch.randperm(4, generator=generator(seed, "student batches", expert, p, epoch))
+                torch.manual_seed(derive(seed, "student dropout", expert, p, epoch))
+                model.zero_grad()
+                wbce(
+                    model(pairs.images[order], pairs.texts[order]), pairs.similarity["matrix"][order][:, order]
+                ).backward()
+                with torch.no_grad():  # SGD with momentum and weight decay, by hand
+                    for n, t in model.named_parameters():
+                        lr = pairs.lr_image if n.startswith("image") else pairs.lr_text
+                        gradient = t.grad + run.evaluate.weight_decay * t
+                        moved[n] = gradient if epoch == 0 else run.evaluate.momentum * moved[n] + gradient
+                        t -= drop * float(lr) * moved[n]
+        file = phases / "phase-2" / "path-starts" / f"expert-{expert:03d}" / "6-4.safetensors"
+        for name, t in read_path_start(file).items():
+            torch.testing.assert_close(t, model.trained()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_each_segment_has_path_starts_of_its_own_and_all_files_verify(whole, tmp_path):
+    for phase, names in ((1, {"4", "6"}), (2, {"6-4", "6-6"})):
+        files = whole.glob(f"phases/*/phase-{phase}/path-starts/expert-001/*.safetensors")
+        assert {f.stem for f in files} == names
+    assert not any(whole.glob("phases/*/phase-0/path-starts"))
+    assert verify(str(whole)).faults == []
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    (file,) = damaged.glob("phases/*/phase-2/path-starts/expert-001/6-4.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    (fault,) = verify(str(damaged)).faults
+    assert fault.path.endswith("expert-001/6-4.safetensors")
+
+
+@pytest.mark.parametrize("task", [DistillPhase, TrainPathStart])
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_a_run_killed_between_tasks_resumes_with_equal_bits(whole, tmp_path, monkeypatch, task, calls):
+    original, count = task.__call__, 0
+
+    def dying(self, item, hooks):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return original(self, item, hooks)
+
+    run = config.load(stored(tmp_path, CHAIN))
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "__call__", dying)
+        with pytest.raises(KeyboardInterrupt):
+            go(run)
+    go(run)
+    assert results(tmp_path) == results(whole)
+
+
+def test_a_single_phase_has_the_bits_of_a_run_without_a_chain(tmp_path):
+    sets = []
+    for start in ("theta_0", "student"):
+        storage = tmp_path / start
+        go(config.load(stored(storage, changed(RUN, distill={"path_start": start}))), "distill")
+        sets.append([f.read_bytes() for f in sorted(storage.glob("phases/*/phase-0/*.safetensors"))])
+    names = [f.name for f in sorted(storage.glob("phases/*/phase-0/*.safetensors"))]
+    same = {n: a == b for n, a, b in zip(names, *sets, strict=True)}
+    assert same.pop("state.safetensors") is False, "its key holds the hash of the run"
+    assert same and all(same.values())
+
+
+def test_chained_phases_depend_on_how_students_are_trained(tmp_path):
+    def folder(raw):
+        with open_pipeline(config.load(stored(tmp_path, raw))) as pipeline:
+            return pipeline.item().paths.phases.name
+
+    epochs = {"evaluate": {"epochs": 3}}
+    assert folder(CHAIN) != folder(changed(CHAIN, **epochs))
+    independent = changed(CHAIN, distill={"path_start": "theta_0", "path_lag": None})
+    assert folder(independent) == folder(changed(independent, **epochs))
