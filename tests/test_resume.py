@@ -7,13 +7,15 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from processes import Rmdd
 from ray_head import patiently
+from tiny import changed
 from tiny_killed import TINY
 
 from rmdd import config
@@ -22,10 +24,20 @@ from rmdd.core.storage import run_folder
 pytestmark = pytest.mark.ray
 
 
-def write_run(folder: Path, **runtime: object) -> Path:
+CHAINED = changed(
+    TINY,
+    distill={
+        "phases": [{"pairs": 6, "start": 0, "stop": 2, "endpoint": 3, "iterations": 30}] * 2,
+        "path_start": "student",
+        "path_lag": 10,
+    },
+)
+
+
+def write_run(folder: Path, raw: Mapping[str, Any] = TINY, **runtime: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     places = {"storage": str(folder / "runs"), "ray": "on", "num_cpus": 2, "track": "none", **runtime}
-    (folder / "run.yaml").write_text(yaml.safe_dump({**TINY, "runtime": places}))
+    (folder / "run.yaml").write_text(yaml.safe_dump({**raw, "runtime": places}))
     return folder / "run.yaml"
 
 
@@ -164,6 +176,22 @@ def test_killed_and_terminated_drivers_resume(tmp_path: Path, unbroken: dict, no
     finish(process)
     assert kept and kept.items() <= made(tmp_path).items()
     assert results(tmp_path) == unbroken
+
+
+def test_chained_phases_resume_and_have_the_bits_of_a_run_without_ray(tmp_path: Path, nodes: Nodes) -> None:
+    alone = tmp_path / "alone"
+    finish(Rmdd("run", write_run(alone, CHAINED), "--set", "runtime.ray=off", "--quiet"))
+    killed = tmp_path / "killed"
+    process = Rmdd("run", write_run(killed, CHAINED, **nodes.place, max_restarts=1), "--quiet")
+    os.kill(int(str(wait_for(lambda: pid_of(killed, "phase 1, expert 1"), process))), signal.SIGKILL)
+    os.kill(int(str(wait_for(in_phases(killed, 4), process))), signal.SIGKILL)
+    wait_for(in_phases(killed, 12), process)  # within its second segment
+    process.kill()
+    process.communicate()
+    finish(Rmdd("resume", run_of(killed), "--quiet"))
+    died = [e["item"] for e in events(run_of(killed) / "events.jsonl") if e["event"] == "died"]
+    assert died == ["phase 1, expert 1", "phase 1"]
+    assert results(killed) == results(alone)
 
 
 KILLS = 20
