@@ -35,15 +35,16 @@ MOVES = {
     """,
     "nothing": """
         data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
-        distill.guard.retries distill.checkpoint_every evaluate.between evaluate.probes search.space search.trials
-        search.base search.sampler search.pruner search.cost search.startup search.reduction search.concurrency
+        distill.path_lag distill.path_epochs distill.guard.retries distill.checkpoint_every evaluate.between
+        evaluate.probes search.space search.trials search.base
+        search.sampler search.pruner search.cost search.startup search.reduction search.concurrency
         search.seed search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address
         runtime.num_cpus runtime.workers runtime.threads runtime.reader_cpus runtime.object_store_mb
         runtime.loader_workers runtime.fleet runtime.min_workers runtime.cache_gb runtime.cpus_per_worker
         runtime.keep_parameters runtime.max_restarts runtime.time_limit runtime.stall_limit runtime.track
     """,
     "phases plan run": """
-        experts.num distill.trajectory distill.endpoint_rule
+        experts.num distill.trajectory distill.path_start distill.endpoint_rule
         distill.start_rule distill.estimator
         distill.precision distill.reuse_graphs distill.loss distill.temperature distill.similarity.kind
         distill.similarity.rank distill.similarity.alpha distill.similarity.diagonal distill.similarity.clamp

@@ -144,6 +144,11 @@ class Distill(Section):
         description="path_start student: number of updates after which the next phase starts, and after which paths "
         "start at new students of the sets made so far; null: a phase starts when the one before it is finished",
     )
+    path_epochs: PositiveInt | None = Field(
+        None,
+        description="path_start student: number of training epochs of these students on each subset; null: "
+        "evaluate.epochs",
+    )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
         "inclusive",
         description="exclusive: the trajectory ends one epoch before the endpoint, as in the released expert buffers",
@@ -279,9 +284,10 @@ class Distill(Section):
 
     def clashes(self) -> list[Clash]:
         mistakes = []
-        if self.path_lag is not None and self.path_start == "theta_0":
-            text = "distill.path_lag needs paths that start at students; set distill.path_start: student"
-            mistakes.append(Clash(text, "distill.path_lag", "distill.path_start"))
+        for name in ("path_lag", "path_epochs"):
+            if getattr(self, name) is not None and self.path_start == "theta_0":
+                text = f"distill.{name} needs paths that start at students; set distill.path_start: student"
+                mistakes.append(Clash(text, f"distill.{name}", "distill.path_start"))
         if self.method_name in ("random", "full"):
             text = (
                 f"distill.method is {self.method}, but '{self.method_name}' is the name of a baseline in all result "
@@ -301,7 +307,8 @@ class Distill(Section):
 
         The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
-        unused = ("path_start", "path_lag") if self.path_start == "theta_0" else ()  # as before these fields existed
+        chain = ("path_start", "path_lag", "path_epochs")
+        unused = chain if self.path_start == "theta_0" else ()  # so hashes are those of before these fields existed
         if purpose == "run":
             return (*unused, "phases") if self.plan.plans else (*unused, "plan")
         return (*unused, "plan") if purpose == "phases" and self.plan.kind != "adaptive" else unused

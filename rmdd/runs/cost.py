@@ -21,6 +21,8 @@ from rmdd.data.inputs import input_path
 from rmdd.data.plan import make_plan
 from rmdd.data.shards import Dataset
 from rmdd.data.source import SampleSource
+from rmdd.distill.chain import is_chained, segment_ends
+from rmdd.distill.chain import sources as sources_of_paths
 from rmdd.distill.loop import snapshot_iterations
 from rmdd.distill.trajectory.frozen import CHUNK
 from rmdd.evaluate.references import reference_of
@@ -28,6 +30,7 @@ from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.models.text import text_width
+from rmdd.runs.paths import epochs_of_path_starts
 
 FLOAT = 4
 GPU_FLOPS = 10e12
@@ -284,7 +287,17 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
             effort = effort_of(run, p, counts["train"][1])
             step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
         total += plan.iterations * step
+        if is_chained(run.distill) and p:
+            starts = {sources_of_paths(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
+            earlier = [q.pairs for q in run.distill.phases[:p]]
+            passes = epochs_of_path_starts(run) * _pairs_of_pass(run.evaluate, earlier)
+            total += len(starts) * run.experts.num * passes * work.training
     return total
+
+
+def _pairs_of_pass(rule: config.Evaluate, subsets: list[int]) -> int:
+    """Return the number of pairs that a student sees in one pass over each of the subsets with these sizes."""
+    return sum(-(-pairs // rule.batch) * min(rule.batch, pairs) for pairs in subsets)
 
 
 def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
@@ -299,8 +312,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     stages = pairs_of_stages(rule.order, subsets)
 
     def student(pairs: list[int], passes: int, images_scored: int) -> int:
-        trained = sum(-(-m // rule.batch) * min(rule.batch, m) for m in pairs)
-        return passes * trained * work.training + images_scored * work.forward
+        return passes * _pairs_of_pass(rule, pairs) * work.training + images_scored * work.forward
 
     snapshots = max(len(snapshot_iterations(p.iterations, run.distill.snapshots)) for p in run.distill.phases)
     select = rule.selection_students * snapshots if snapshots > 1 else 0

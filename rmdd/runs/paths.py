@@ -96,8 +96,9 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     method = methods.method_of(run)
     recipe["version"] = method.version
     recipe["parts"] = [part.identity() for part in method.parts()]
-    if is_chained(run.distill):  # paths start at students of this run
-        recipe["students"] = run.hashed("evaluate", "learned")
+    if is_chained(run.distill):  # paths start at students that are trained as the run says
+        students = run.hashed("evaluate", "learned") | {"epochs": epochs_of_path_starts(run)}
+        recipe["students"] = {name: value for name, value in students.items() if name != "eval_every"}
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {
         "budget": run.distill.budget,
@@ -125,6 +126,11 @@ def fetch_pretrained(run: config.Run) -> None:
     if mistakes := method.faults():
         raise config.ConfigError(mistakes, run.name)
     obtain(method.parts())
+
+
+def epochs_of_path_starts(run: config.Run) -> int:
+    """Return the number of training epochs of the students from which the paths of chained phases start."""
+    return run.distill.path_epochs or run.evaluate.epochs
 
 
 def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:

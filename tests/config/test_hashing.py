@@ -55,6 +55,7 @@ def test_the_default_order_is_in_no_hash(purpose):
 
 TRAINED = {"run", "store", "phases", "baseline"}
 TWO_PHASES = {"distill": {"phases": [{"pairs": 20}, {"pairs": 20}]}, "evaluate": {"batch": 20}}
+CHAINED = {"path_start": "student", "phases": [{"pairs": 40}, {"pairs": 40}]}
 WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
 
 
@@ -75,6 +76,11 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
         ({"evaluate": {"order": "union"}}, {"evaluate": {"between": "masked"}}, {"run"}),
         ({}, {"seed": 3}, TRAINED | {"plan"}),
         ({}, {"distill": {"guard": {"retries": 9}}}, set()),
+        ({"distill": CHAINED}, {"distill": {"path_lag": 5}}, {"run", "phases", "plan"}),
+        ({"distill": CHAINED}, {"distill": {"path_epochs": 3}}, {"run", "phases", "plan"}),
+        ({"distill": CHAINED}, {"evaluate": {"epochs": 3}}, TRAINED - {"store"}),
+        ({"distill": {**CHAINED, "path_epochs": 4}}, {"evaluate": {"epochs": 3}}, {"run", "baseline"}),
+        ({"distill": CHAINED}, {"evaluate": {"eval_every": 3}}, {"run"}),
         ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan"}),
         ({"distill": {"phases": "adaptive"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan", "phases"}),
         ({"data": {"reencode": None}}, {"data": {"background": (0, 0, 0)}}, TRAINED),
