@@ -289,7 +289,7 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
         total += plan.iterations * step
         if is_chained(run.distill) and p:
             starts = {sources_of_paths(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
-            earlier = [q.pairs for q in run.distill.phases[:p]]
+            earlier = pairs_of_stages(run.evaluate.order, [q.pairs for q in run.distill.phases[:p]])
             passes = epochs_of_path_starts(run) * _pairs_of_pass(run.evaluate, earlier)
             total += len(starts) * run.experts.num * passes * work.training
     return total

@@ -98,6 +98,8 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     recipe["parts"] = [part.identity() for part in method.parts()]
     if is_chained(run.distill):  # paths start at students that are trained as the run says
         students = run.hashed("evaluate", "learned") | {"epochs": epochs_of_path_starts(run)}
+        if len(run.distill.phases) > 2:  # some of these students learn more than one subset
+            students |= {"order": run.evaluate.order, "between": run.evaluate.between}
         recipe["students"] = {name: value for name, value in students.items() if name != "eval_every"}
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {

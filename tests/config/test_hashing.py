@@ -81,6 +81,12 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
         ({"distill": CHAINED}, {"evaluate": {"epochs": 3}}, TRAINED - {"store"}),
         ({"distill": {**CHAINED, "path_epochs": 4}}, {"evaluate": {"epochs": 3}}, {"run", "baseline"}),
         ({"distill": CHAINED}, {"evaluate": {"eval_every": 3}}, {"run"}),
+        ({"distill": CHAINED}, {"evaluate": {"order": "union"}}, {"run", "baseline"}),
+        (
+            {"distill": {**CHAINED, "phases": [{"pairs": 30}] * 3}},
+            {"evaluate": {"order": "union"}},
+            TRAINED - {"store"},
+        ),
         ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan"}),
         ({"distill": {"phases": "adaptive"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan", "phases"}),
         ({"data": {"reencode": None}}, {"data": {"background": (0, 0, 0)}}, TRAINED),

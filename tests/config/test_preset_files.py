@@ -13,8 +13,6 @@ from rmdd.config.runfile import parse
 FORMER = Path(__file__).parent / "resolved_presets.jsonl"
 """Preset values at commit 30ca333: each line has the fields in which a preset differs from the preset `like`."""
 RENAMED = {"experts.gang": "experts.worker_group"}
-ADDED = {"distill.path_start": "theta_0", "distill.path_lag": None, "distill.path_epochs": None}
-"""Fields that did not exist at that commit, with the values in all of its presets."""
 ON_LORS = {"lors", "tesla_vl", "repblend", "datm", "mct", "amd"}
 MOVED_TO_OPTIONS = {
     "rate_branches": ("same", ON_LORS),
@@ -30,7 +28,13 @@ MOVED_TO_OPTIONS = {
 EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl")
 """Starts of the names of the presets whose `distill.estimator` is still exact; it is now first_order in all others."""
 
-ADDED = {"evaluate.order": "sequence", "evaluate.between": "zeros"}
+ADDED = {
+    "distill.path_start": "theta_0",
+    "distill.path_lag": None,
+    "distill.path_epochs": None,
+    "evaluate.order": "sequence",
+    "evaluate.between": "zeros",
+}
 """Fields that run files did not have then, with their defaults."""
 
 

@@ -116,3 +116,16 @@ def test_counts_come_from_the_config_annotations_or_papers(tmp_path):
 def test_an_encoder_that_is_not_installed_is_reported():
     with pytest.raises(ValueError, match="pip install no-such-encoder"):
         estimate.text_features(config.TextTower(name="package:no_such_encoder"))
+
+
+def test_chained_phases_cost_the_students_of_their_path_starts():
+    phases = {"distill.phases": [{"pairs": 10, "iterations": 6}, {"pairs": 14, "iterations": 6}]}
+    chain = {"distill.path_start": "student", "distill.path_lag": 2, "distill.path_epochs": 5}
+    flops = []
+    for settings in (phases, phases | chain):
+        run = config.load(SMALL, [f"{name}={value}" for name, value in settings.items()])
+        work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
+        counts = {"train": (40, 200), "val": (5, 25), "test": (5, 25)}
+        flops.append(estimate.operations(run, counts, work)["distill"])
+    starts, experts, pairs, passes = 3, run.experts.num, 10, 5  # of the sets after 2, 4 and 6 updates of phase 0
+    assert flops[1] - flops[0] == starts * experts * passes * pairs * work.training
