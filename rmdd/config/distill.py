@@ -219,8 +219,11 @@ class Distill(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="decay per update of the moving average of the set; the average is exported; 0: no average"
     )
-    init: Literal["real", "prototypes", "noise"] = Field(
-        "real", description="initial pairs: random training pairs, training pairs nearest to k-means centres, or noise"
+    init: Literal["real", "mean_captions", "prototypes", "noise"] = Field(
+        "real",
+        description="initial pairs: random training pairs (real), random training images of which none is used twice, "
+        "each with the mean embedding of its captions (mean_captions), training pairs nearest to k-means centres "
+        "(prototypes), or noise",
     )
     stored_size: PositiveInt | None = Field(
         None,

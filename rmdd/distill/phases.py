@@ -17,6 +17,7 @@ from rmdd.data.augment import augment
 from rmdd.data.decode import decode_as
 from rmdd.data.images import normalise
 from rmdd.distill import similarity
+from rmdd.distill.starts import mean_captions
 from rmdd.distill.synthetic import Synthetic, reduced
 from rmdd.models.prepared import PreparedSplit
 
@@ -118,7 +119,10 @@ def mini_batches(
 
 
 def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:
-    """Return the initial set of a phase: the pairs of caption `records`, or noise with mean and spread of real data."""
+    """Return the initial set of a phase: the pairs of caption `records`, or noise with mean and spread of real data.
+
+    With `mean_captions`, the text of a pair is the mean embedding of all captions of its image.
+    """
     rule, seed = run.distill, run.seed_of("distill")
     random = generator(seed, "initial tensors", phase)
     if rule.init == "noise":
@@ -134,7 +138,7 @@ def initial(run: config.Run, phase: int, train: PreparedSplit, records: list[int
             train.std,
         )
         images = reduced(images, run.stored_size)
-        texts = torch.tensor(train.texts[records])
+        texts = mean_captions(records, train) if rule.init == "mean_captions" else torch.tensor(train.texts[records])
     return Synthetic(
         images=images,
         texts=texts,

@@ -1,7 +1,14 @@
-"""Choice of the real pairs that a phase starts from: random pairs, or k-means prototypes (from AMD)."""
+"""Choice of the real pairs that a phase starts from: random pairs, random images, or k-means prototypes (from AMD).
+
+Symbols: M pairs of the phase, F text feature width.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rmdd.core.arrays import in_chunks
 from rmdd.core.seeding import derive, generator
@@ -25,6 +32,27 @@ def choose_records(phase: int, pairs: int, train: PreparedSplit, seed: int) -> l
     check_enough(phase, pairs, train)
     total = len(train.split.captions)
     return torch.randperm(total, generator=generator(seed, "initial records", phase))[:pairs].tolist()
+
+
+def choose_images(phase: int, pairs: Sequence[int], train: PreparedSplit, seed: int) -> list[int]:
+    """Draw the images that a phase starts from, of which none is in another phase; `pairs` lists the pairs of all
+    phases. Return the first caption record of each image."""
+    first_records = np.unique(train.split.image_of, return_index=True)[1]
+    if sum(pairs) > len(first_records):
+        raise ValueError(
+            f"distill.init: mean_captions wants {sum(pairs)} different images but the train split has "
+            f"{len(first_records)}; lower the pairs of the phases, or set distill.init: real"
+        )
+    order = torch.randperm(len(first_records), generator=generator(seed, "initial images"))
+    chosen = order[sum(pairs[:phase]) : sum(pairs[: phase + 1])].tolist()
+    return [int(first_records[i]) for i in chosen]
+
+
+def mean_captions(records: Sequence[int], train: PreparedSplit) -> Float[Tensor, "M F"]:
+    """Return for each caption record the mean embedding of all captions of its image."""
+    image_of = train.split.image_of
+    means = [train.texts[image_of == image_of[r]].mean(axis=0, dtype=np.float64) for r in records]
+    return torch.tensor(np.array(means), dtype=torch.float32)
 
 
 def prototypes(

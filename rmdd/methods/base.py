@@ -12,7 +12,7 @@ from rmdd.config.runfile import Clash, Section, validate
 from rmdd.core.device import local_device
 from rmdd.distill import phases
 from rmdd.distill.loop import finished
-from rmdd.distill.starts import choose_records, prototypes
+from rmdd.distill.starts import choose_images, choose_records, prototypes
 from rmdd.distill.synthetic import Synthetic
 from rmdd.experts.train import expert_model
 from rmdd.models.prepared import PreparedSplit
@@ -160,6 +160,8 @@ class BaseMethod:
             run, device, width = self.run, local_device(self.run.runtime), train.texts.shape[1]
             model = expert_model(run.model, run.data.image_size, run.seed_of("experts"), 0, width)
             return prototypes(model.to(device), device, self.seed, phase, pairs, train)
+        if self.rule.init == "mean_captions":
+            return choose_images(phase, [p.pairs for p in self.rule.phases], train, self.seed)
         return choose_records(phase, pairs, train, self.seed)
 
     def initial(self, phase: int, train: PreparedSplit, records: list[int]) -> Synthetic:

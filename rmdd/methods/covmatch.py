@@ -117,7 +117,7 @@ class CovMatch(DistributionMethod):
                 "distill.options.texts: tokens needs a text tower that reads tokens; set model.text.name to a "
                 "transformers encoder"
             )
-        if run.distill.init == "noise":
+        if run.distill.init in ("noise", "mean_captions"):
             mistakes.append("distill.options.texts: tokens needs the masks of real captions; set distill.init: real")
         return mistakes
 

@@ -149,9 +149,9 @@ class MDM(DistributionMethod):
                     "distill.method mdm merges two expert checkpoints, but the store would hold one; raise experts.num "
                     "or set experts.keep: all"
                 )
-        if run.distill.init == "prototypes":
+        if run.distill.init in ("prototypes", "mean_captions"):
             mistakes.append(
-                "distill.init: prototypes is not available for mdm; set distill.options.cluster: joint instead"
+                f"distill.init: {run.distill.init} is not available for mdm; set distill.options.cluster: joint instead"
             )
         return mistakes
 

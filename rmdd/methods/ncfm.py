@@ -151,9 +151,9 @@ class NCFM(DistributionMethod):
             )
         if options.w_amplitude == options.w_phase == 0:
             mistakes.append("distill.options: w_amplitude and w_phase are both 0; set one of them above 0")
-        if run.distill.init == "prototypes":
+        if run.distill.init in ("prototypes", "mean_captions"):
             mistakes.append(
-                "distill.init: prototypes is not available for ncfm; set distill.options.pick: nearest instead"
+                f"distill.init: {run.distill.init} is not available for ncfm; set distill.options.pick: nearest instead"
             )
         if run.distill.precision != "float32":
             mistakes.append("distill.method ncfm needs exact cosines of large angles; set distill.precision: float32")

@@ -1,4 +1,5 @@
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.distill.phases import NOISE_PIXEL_MEAN, NOISE_PIXEL_STD, draw, initial, mini_batches
 from rmdd.distill.similarity import dense
-from rmdd.distill.starts import choose_records
+from rmdd.distill.starts import choose_images, choose_records
 from rmdd.models.prepared import PreparedSplit
 
 
@@ -146,6 +147,28 @@ def test_a_real_start_equals_the_records():
     )
     initial_set.texts.zero_()
     assert TRAIN.texts[RECORDS].all(), "changing the synthetic set does not change the train split"
+
+
+def test_images_with_mean_captions_are_drawn_once_over_all_phases():
+    sizes = [2, 3, 1]
+    chosen = [choose_images(p, sizes, TRAIN, seed=1) for p in range(3)]
+    assert [len(phase) for phase in chosen] == sizes
+    records = list(itertools.chain.from_iterable(chosen))
+    images = TRAIN.split.image_of[records].tolist()
+    assert len(set(images)) == len(images) == 6
+    assert choose_images(0, sizes, TRAIN, seed=2) != chosen[0]
+    assert all(TRAIN.split.image_of[:r].tolist().count(image) == 0 for r, image in zip(records, images, strict=True))
+    with pytest.raises(ValueError, match=r"wants 13 different images but the train split has 12; lower the pairs"):
+        choose_images(0, [6, 7], TRAIN, seed=1)
+
+
+def test_a_start_with_mean_captions_equals_a_slow_mean():
+    initial_set = initial(run_of(init="mean_captions"), 0, TRAIN, RECORDS)
+    for text, record in zip(initial_set.texts, RECORDS, strict=True):
+        same = [i for i in range(IMAGES * CAPTIONS) if TRAIN.split.image_of[i] == TRAIN.split.image_of[record]]
+        expected = sum(TRAIN.texts[i].astype(np.float64) for i in same) / len(same)
+        torch.testing.assert_close(text, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+    assert torch.equal(initial_set.images, initial(run_of(), 0, TRAIN, RECORDS).images)
 
 
 @pytest.mark.parametrize("start", ["real", "noise"])
