@@ -22,7 +22,9 @@ ROOMS: dict[str, list[str]] = {
     "rmdd": "cli searches comparisons pipeline artefact core config".split(),
     "cli": "bench analyse searches comparisons pipeline report runs methods evaluate artefact core config".split(),
     "bench": "pipeline methods distill experts models core config".split(),
-    "analyse": "searches pipeline report methods distill experts models core config".split(),
+    "analyse": (
+        "searches comparisons pipeline report runs methods evaluate distill experts models execution core config"
+    ).split(),
     "searches": (
         "comparisons pipeline report runs methods evaluate artefact distill models execution core config".split()
     ),

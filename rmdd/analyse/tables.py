@@ -40,10 +40,9 @@ def collapse_members(
 
     Each run has one phase with all pairs and integer start epochs in 0..stop - 1.
     """
-    rule, similarity = run.distill, run.distill.similarity
-    budgeted = (rule.budget, run.data.image_size, text_width(run.model.text), similarity.kind, similarity.rank)
+    rule = run.distill
     phase: dict[str, Any] = {
-        "pairs": budget.largest(*budgeted, stored_size=run.stored_size),
+        "pairs": pairs_of_budget(rule, run.data.image_size, run.model.text),
         "endpoint": run.experts.epochs + (rule.endpoint_rule == "exclusive"),
         "iterations": iterations or rule.phases[0].iterations,
     }
@@ -58,7 +57,13 @@ def collapse_members(
         for trajectory in trajectories
         for stop in epochs
     }
-    return _members(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
+    return runs_with(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
+
+
+def pairs_of_budget(rule: config.Distill, image_size: int, text: config.TextTower) -> int:
+    """Return how many pairs the budget pays for, if all of them are in one phase."""
+    similarity = (rule.similarity.kind, rule.similarity.rank)
+    return budget.largest(rule.budget, image_size, text_width(text), *similarity, stored_size=rule.stored_size)
 
 
 def collapse_axes(
@@ -118,7 +123,7 @@ def collapse(
     lines, spreads = {"teacher": [float(teacher[e]) for e in epochs]}, {}
     for trajectory in trajectories:
         name = f"student, {trajectory}"
-        lines[name], spreads[name] = _scores([r for r in rows if r["trajectory"] == trajectory])
+        lines[name], spreads[name] = scores_of([r for r in rows if r["trajectory"] == trajectory])
     xlabel = f"students: stop ({STOP}); teacher: epoch"
     sheet.lines(0, "teacher and student", epochs, lines, xlabel, "val R@mean, %", spreads)
     return _write_table(folder, "collapse", rows, sheet, swept)
@@ -184,7 +189,7 @@ def sweep(run: config.Run, progress: Progress, table: str) -> dict[str, Any]:
     swept = run_all(cells, progress)
     rows = [{"row": name, **_student(result)} for name, result in zip(names, swept.runs, strict=True)]
     sheet = Sheet(1, width=1.5 + 1.3 * len(rows))
-    sheet.rows(0, f"students by {TITLES[table]}", names, *_scores(rows), "val R@mean, %")
+    sheet.rows(0, f"students by {TITLES[table]}", names, {"": scores_of(rows)}, "val R@mean, %")
     return _write_table(folder, f"sweep-{table}", rows, sheet, swept)
 
 
@@ -197,7 +202,7 @@ def table_members(run: config.Run, table: str) -> tuple[list[str], list[Member],
     if not distinct:
         raise config.ConfigError([f"no row of the table '{table}' fits the experts; train them for longer"], "analyse")
     settings = {name: {"distill.phases": json.loads(phases)} for phases, name in distinct.items()}
-    cells = _members(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
+    cells = runs_with(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
     return list(distinct.values()), cells, skipped
 
 
@@ -209,7 +214,9 @@ def _fits(rule: config.Distill, epochs: int, phase: dict[str, Any]) -> bool:
     return rule.reach(config.Phase(**phase)) <= limit
 
 
-def _members(raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]) -> list[Member]:
+def runs_with(
+    raw: dict[str, Any], kept: Collection[int] | None, settings: Mapping[str, dict[str, Any]]
+) -> list[Member]:
     """Return one named run per entry of `settings`, which maps names to the fields changed in the run `raw`.
 
     All runs use the same experts, which keep the epochs `kept` (None: all epochs).
@@ -225,10 +232,11 @@ def _student(result: dict[str, Any]) -> dict[str, Any]:
     return {"student": result["val"]["mean"], "spread": result["val"]["std"]}
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return the means and the spreads of val R@mean over the students of each row; NaN for rows that failed."""
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return the means and the spreads of val R@mean over the students of each row; NaN where there is none."""
     nan = float("nan")
-    return [r.get("student", nan) for r in rows], [r.get("spread", nan) for r in rows]
+    spreads = [r.get("spread") for r in rows]
+    return [r.get("student", nan) for r in rows], [nan if s is None else s for s in spreads]
 
 
 def _prepared(run: config.Run, progress: Progress) -> tuple[config.Run, Store]:

@@ -1,4 +1,4 @@
-"""Commands for the analyses of the PTM-ST paper: `rmdd analyse gradients`, `pca`, `collapse`, `sweep`, `linearity`."""
+"""Commands that analyse a run: gradients, pca, collapse, sweep and linearity, as in PTM-ST's paper, and phases."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from rmdd import config
 from rmdd.cli.command import Call, Output, command
 from rmdd.cli.console import rows_table
 
-GROUP = "Repeat the analyses of the PTM-ST paper with the experts of a run; write tables and plots to the run folder."
+GROUP = "Analyse the experts and phases of a run, as PTM-ST's paper does; write tables and plots to the run folder."
 Endpoint = Annotated[int | None, typer.Option(help="Expert epoch at which the shortcuts end; default: the last one.")]
 Experts = Annotated[int | None, typer.Option(min=1, help="Number of experts to use; default: all.")]
 Draws = Annotated[int, typer.Option(min=1, help="Random mini-batch draws for each start epoch and expert.")]
@@ -68,10 +68,7 @@ def collapse(
     from rmdd.analyse.tables import collapse
 
     call.check(run)
-    try:
-        stops = [int(e) for e in epochs.split(",")] if epochs is not None else None
-    except ValueError:
-        raise config.ConfigError([f"--epochs {epochs}: write whole numbers, such as 2,4,6"], "analyse") from None
+    stops = _numbers(epochs, "2,4,6")
     with call.working() as progress:
         kinds = trajectories.split(",")
         return _output(collapse(run, progress, epochs=stops, iterations=iterations, trajectories=kinds))
@@ -92,6 +89,26 @@ def sweep(
 
 
 @command
+def phases(
+    call: Call,
+    run: config.Run,
+    epochs: Annotated[
+        str | None, typer.Option(help="Numbers of student epochs to try for every row, such as 30,60,120.")
+    ] = None,
+    students: Annotated[
+        int | None, typer.Option(min=1, help="Number of students per row; default: evaluate.students.")
+    ] = None,
+) -> Output:
+    """Compare phases on val: each alone, in all orders, chained or not, the first phase repeated, and one phase."""
+    from rmdd.analyse.phases import PhaseComparison
+
+    call.check(run)
+    passes = _numbers(epochs, "30,60,120")
+    with call.working() as progress:
+        return _output(PhaseComparison(run, passes, students).execute(progress))
+
+
+@command
 def linearity(
     call: Call,
     run: config.Run,
@@ -107,6 +124,14 @@ def linearity(
     options: dict[str, Any] = {"endpoint": endpoint, "shortcut_only": shortcut_only}
     with call.pipeline(run) as pipeline:
         return _output(linearity(pipeline, start=start, halvings=halvings, inner_steps=inner_steps, **options))
+
+
+def _numbers(text: str | None, example: str) -> list[int] | None:
+    """Return the numbers in the value of `--epochs`, such as `2,4,6`."""
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise config.ConfigError([f"--epochs {text}: write whole numbers, such as {example}"], "analyse") from None
 
 
 def _output(result: dict[str, Any]) -> Output:

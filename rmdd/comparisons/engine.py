@@ -47,7 +47,7 @@ class Row:
 
     name: str
     entry: Entry
-    pipeline: "ComparedRun"
+    pipeline: Pipeline
     run: config.Run
     """Run whose evaluation settings the students of this row follow."""
     rates: Rates
@@ -242,7 +242,7 @@ class ScoredRow:
 def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[ScoredRow]:
     """Train and score the students of all rows in parallel: first to choose settings on val, then for the table."""
     choices = {id(row): row.choices() for row in rows}
-    tried = _run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
+    tried = run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
     for row in rows:
@@ -258,7 +258,7 @@ def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Sco
         if id(row) not in errors:
             rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
             final[id(row)] = row.students(rule["loss"], rule["lr"])
-    done = _run_jobs("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
+    done = run_jobs("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
     return [_scored_row(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
 
 
@@ -275,10 +275,10 @@ def _scored_row(
     return ScoredRow(results, [file for file in files if file.is_file()], chosen)
 
 
-def _run_jobs(
+def run_jobs(
     title: str, jobs: list[tuple[Row, Job]], backend: Backend, progress: Progress
 ) -> dict[tuple[int, Job], Any]:
-    """Train and score students; return their records by row and job. A failed student does not stop the others."""
+    """Train and score students; return their records by `id(row)` and job. A failed student has a `Failed` instead."""
     if not jobs:
         return {}
     names = [f"{row.name}: {job.name}" + (f" at {job.lr:g}" if job.lr else "") for row, job in jobs]

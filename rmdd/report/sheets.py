@@ -67,16 +67,18 @@ class Sheet:
         panel: int,
         title: str,
         names: Sequence[str],
-        means: Sequence[float],
-        spreads: Sequence[float],
+        groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         ylabel: str,
-    ) -> None:
-        """Draw one point with an error bar per name, without a line between the points."""
-        ax, ticks = self.panels[panel], range(len(names))
+    ) -> Axes:
+        """Draw one point with an error bar per name and group, side by side; each group has means and spreads."""
+        ax, ticks = self.panels[panel], np.arange(len(names))
         with matplotlib.rc_context(STYLE):
-            ax.errorbar(ticks, means, spreads, fmt="o", ms=5, capsize=4, color=COLOURS[0])
+            for i, (group, (means, spreads)) in enumerate(groups.items()):
+                at, colour = ticks + 0.15 * (i - (len(groups) - 1) / 2), COLOURS[i % len(COLOURS)]
+                ax.errorbar(at, means, spreads, fmt="o", ms=5, capsize=4, color=colour, label=group)
             ax.set(title=title, ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
             ax.set_xticks(ticks, names)
+        return ax
 
     def points(
         self,

@@ -6,6 +6,7 @@ their phases or students. If two runs need the same result, the second run waits
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -22,7 +23,7 @@ from rmdd.core.files import read_json, write_json
 from rmdd.core.layout import locate_file
 from rmdd.core.progress import Progress, Stage
 from rmdd.core.storage import address_of, root_of, run_folder
-from rmdd.execution.backend import hold_folders, open_backend
+from rmdd.execution.backend import Backend, hold_folders, open_backend
 from rmdd.execution.scheduler import SweepScheduler, collect_errors
 from rmdd.pipeline import Pipeline
 from rmdd.report.sheets import write_csv
@@ -164,21 +165,28 @@ def run_all(runs: Sequence[Member], progress: Progress | None = None) -> SweepRe
         open_backend(runtime, folder / "events.jsonl", progress) as backend,
     ):
         write_members(runs)
-        errors: dict[str, Exception] = {}
-        pipelines = {m.label: Pipeline(m.run, backend, _Named(progress, m.label)) for m in runs}
+        pipelines = {m.label: Pipeline(m.run, backend, progress) for m in runs}
+        return _collect(folder, runs, run_side_by_side(pipelines, Pipeline.all, backend, progress))
+
+
+def run_side_by_side(
+    pipelines: Mapping[str, Pipeline], step: Callable[[Pipeline], Any], backend: Backend, progress: Progress
+) -> dict[str, Exception]:
+    """Train the experts of all runs, then execute `step` of each run in its own thread; return the errors by label."""
+    errors: dict[str, Exception] = {}
+    for label, pipeline in pipelines.items():
+        pipeline.use_backend(backend, _Named(progress, label))
+        with collect_errors(errors, label):
+            pipeline.check_budget()
+            pipeline.experts()
+    with progress.stage("sweep", {}) as stage:
+        scheduler = SweepScheduler(backend.executor)
         for label, pipeline in pipelines.items():
-            with collect_errors(errors, label):
-                pipeline.check_budget()
-                pipeline.experts()
-        with progress.stage("sweep", {}) as stage:
-            scheduler = SweepScheduler(backend.executor)
-            for label, pipeline in pipelines.items():
-                if label not in errors:
-                    of_run = replace(backend, executor=scheduler.executor_of(label))
-                    pipeline.use_backend(of_run, _Named(progress, label, stage))
-                    scheduler.add(label, pipeline.all)
-            errors |= scheduler.run_all()
-        return _collect(folder, runs, errors)
+            if label not in errors:
+                of_run = replace(backend, executor=scheduler.executor_of(label))
+                pipeline.use_backend(of_run, _Named(progress, label, stage))
+                scheduler.add(label, functools.partial(step, pipeline))
+        return errors | scheduler.run_all()
 
 
 class _Named(Progress):
@@ -234,9 +242,14 @@ def _row(member: Member, error: Exception | None) -> dict[str, Any]:
     address = address_of(member.run.runtime, folder)
     row: dict[str, Any] = {"settings": member.settings, "method": name, "folder": address}
     if error is not None:
-        return row | {"error": "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])}
+        return row | {"error": message_of(error)}
     table = read_json(folder / "evaluation.json")["table"]
     return row | {split: table[name][split]["R@mean"] for split in SCORES}
+
+
+def message_of(error: Exception) -> str:
+    """Return the message of an error and its notes."""
+    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

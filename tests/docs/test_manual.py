@@ -53,7 +53,7 @@ ELSEWHERE = {
 DATASETS = "flickr8k|flickr30k|coco|cc3m|emoji"
 
 TRAINING = {"run", "demo", "ingest", "experts", "distill", "evaluate", "health", "report", "search", "sweep"}
-TRAINING |= {"coreset", "gradients", "pca", "linearity", "collapse"}
+TRAINING |= {"coreset", "gradients", "pca", "linearity", "collapse", "phases"}
 """Commands that take a run (a preset or a run file) as their next word."""
 
 TINY = [
