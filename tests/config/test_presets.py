@@ -71,6 +71,7 @@ TABLE_4 = {
     "st_ema": (False, True, True),
     "no_ema": (True, True, False),
 }
+CHAINED = [f"{data}_ptm_st_{n}_chained" for data in ("flickr30k", "coco") for n in (200, 500, 1000)]
 ROWS = [f"{data}_ptm_st_500_{row}" for data in ("flickr30k", "coco") for row in TABLE_4]
 # Rows of PTM-ST's Appendix E: the number of clusters, and of pairs in each cluster.
 NCFM = {f"flickr30k_ncfm_{c}x{m}": (c, m) for c, m in ((100, 1), (100, 2), (100, 5), (200, 1), (200, 2), (500, 1))}
@@ -86,7 +87,7 @@ def load(name: str) -> config.Run:
 
 def test_the_presets_are_there():
     known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
-    known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS, *DRAWN}
+    known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS, *DRAWN, *CHAINED}
     assert set(NAMES) == known
 
 
@@ -200,6 +201,17 @@ def test_cells_without_a_similarity(name, cell):
     students = run.evaluate
     assert (students.epochs, students.batch, students.lr_drop) == ((50, 64, 1) if mtt else (100, 128, 0.1))
     assert not mtt or run.student_temperature == 0.07
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_a_chained_twin_has_the_sizes_of_the_published_phases_and_the_epochs_of_the_first(name):
+    run, published = load(name), load(name.removesuffix("_chained"))
+    first = published.distill.phases[0]
+    expected = tuple(
+        first.model_copy(update={"pairs": p.pairs, "iterations": p.iterations}) for p in published.distill.phases
+    )
+    assert run.distill == published.distill.model_copy(update={"path_start": "student", "phases": expected})
+    assert run.evaluate == published.evaluate.model_copy(update={"order": "cumulative"})
 
 
 @pytest.mark.parametrize("name", ON_LORS)
