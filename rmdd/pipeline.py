@@ -20,12 +20,13 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import absolute_runtime, run_folder
 from rmdd.core.version import VERSION
 from rmdd.data.shards import Dataset
-from rmdd.distill.trajectory.planning import PLAN, with_phases
+from rmdd.distill.trajectory.planning import PLAN, with_plan
 from rmdd.execution.backend import Backend, hold_folders, open_backend
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.report.page import write_report
 from rmdd.report.sheets import draw_plan
+from rmdd.runs.gate import is_gated
 from rmdd.runs.items import TaskItem
 from rmdd.runs.steps import Steps
 
@@ -75,9 +76,8 @@ class Pipeline:
         splits: Sequence[str] = SPLITS,
     ):
         run = run.model_copy(update={"runtime": absolute_runtime(run.runtime)})
-        run = (
-            with_phases(run, []) if run.distill.plan.plans else run
-        )  # planned phases are read from the plan in the run folder
+        if run.distill.plan.plans:
+            run = with_plan(run, {"phases": []})  # planned phases are read from the plan in the run folder
         self.steps = Steps(run, backend, progress, folder or run_folder(run))
         self.splits, self.values = splits, dict[str, Any]()
         self.storage, self.folder = self.steps.storage, self.steps.folder
@@ -131,29 +131,45 @@ class Pipeline:
         return self.planned()
 
     @once
+    def distilled(self) -> TaskItem:
+        """Distil all unfinished phases; return the tasks' argument (see `item`) with the phases of the set.
+
+        These are the same as in `planned`, except that phases of a planned chain which do not help are dropped.
+        """
+        item = self.planned()
+        if is_gated(item.run.distill):
+            item = self.steps.distill_gated(item, self.ingest(), self.embed())
+            _draw(self.folder / PLAN, self.folder / "plan.svg")
+            self.steps.begin_phases(item, self.embed())
+        else:
+            self.begin_phases()
+        self.steps.distill(item)
+        return item
+
+    @once
     def distill(self) -> list[Path]:
         """Distil all unfinished phases; return the folders of all phases."""
-        return self.steps.distill(self.begin_phases())
+        item = self.distilled()
+        return [item.paths.phase(p) for p in range(len(item.run.distill.phases))]
 
     @once
     def evaluate(self) -> dict[str, Any]:
         """Choose the snapshot on val, train students on it, score them on test; return `evaluation.json` as a dict."""
-        self.distill()
+        item = self.distilled()
         probes = self.steps.probes(self.ingest())
-        evaluation = self.steps.evaluate(self.planned(), self.embed(), self.experts(), probes)
-        self.steps.cost(self.planned())
+        evaluation = self.steps.evaluate(item, self.embed(), self.experts(), probes)
+        self.steps.cost(item)
         return evaluation
 
     @once
     def health(self) -> dict[str, Any]:
         """Return, for every snapshot, measures of how far the embeddings of its pairs have collapsed."""
-        self.distill()
-        return self.steps.health(self.planned())
+        return self.steps.health(self.distilled())
 
     @once
     def export(self) -> Path:
         """Write the chosen snapshot as the distilled set of the run; return the folder of the set."""
-        evaluation, item = self.evaluate(), self.planned()
+        evaluation, item = self.evaluate(), self.distilled()
         with self.steps.timed("export"):
             distilled = assemble(
                 item.run,
@@ -169,7 +185,7 @@ class Pipeline:
     @once
     def report(self) -> Path:
         """Write the HTML report of the run; return the path of the page."""
-        folder, health, item = self.export(), self.health(), self.planned()
+        folder, health, item = self.export(), self.health(), self.distilled()
         with self.steps.timed("report"):
             page, evaluation = self.folder / "report.html", self.evaluate()
             write_report(page, item.run, item.paths, folder, evaluation, self.all_seconds(), health)
@@ -185,8 +201,8 @@ class Pipeline:
     @property
     def run(self) -> config.Run:
         """The run of this pipeline. If its phases are planned, it contains them only after the step `planned`."""
-        planned: TaskItem | None = self.values.get("planned")
-        return planned.run if planned else self.steps.run
+        item: TaskItem | None = self.values.get("distilled") or self.values.get("planned")
+        return item.run if item else self.steps.run
 
     @property
     def backend(self) -> Backend:

@@ -35,7 +35,8 @@ MOVES = {
     """,
     "nothing": """
         data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
-        distill.path_lag distill.path_epochs distill.guard.retries distill.checkpoint_every evaluate.between
+        distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
+        distill.guard.retries distill.checkpoint_every evaluate.between
         evaluate.probes search.space search.trials search.base
         search.sampler search.pruner search.cost search.startup search.reduction search.concurrency
         search.seed search.storage search.warm_start runtime.storage runtime.scratch runtime.ray runtime.address

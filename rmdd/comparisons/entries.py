@@ -18,7 +18,7 @@ from rmdd.core.layout import locate_file
 from rmdd.core.storage import is_uri, open_storage, run_folder
 from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
-from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_phases
+from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_plan
 from rmdd.models.text import encoder_identity, text_width
 
 Kind = Literal["set", "subset", "random", "full"]
@@ -295,4 +295,4 @@ def with_planned_phases(run: config.Run, where: str) -> config.Run:
     if not file.is_file():
         mistake = "the run has no planned phases yet; run it first, or give a CONFIG that lists the phases"
         raise config.ConfigError([mistake], where)
-    return with_explicit_phases(with_phases(run, read_json(file)["phases"]))
+    return with_explicit_phases(with_plan(run, read_json(file)))

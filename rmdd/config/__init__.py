@@ -185,11 +185,27 @@ class Run(Section):
 
     def hashed(self, section: Literal["data", "model", "experts", "distill", "evaluate"], purpose: Purpose) -> Any:
         """Return a section's fields that are hashed for `purpose`, with the seed that the section uses."""
-        value = hashed(getattr(self, section), purpose)
+        value = hashed(self._as_hashed(section, purpose), purpose)
         if section == "distill" and (recipe := self.distill.recipe) is not None:
             options = self.distill.options_as(recipe.Options)
             value |= {"options": hashed(options, purpose)} if options is not None else {}
         return value | {"seed": self.seed_of(section)} if "seed" in value else value  # type: ignore[arg-type]
+
+    def _as_hashed(self, section: str, purpose: Purpose) -> Section:
+        """Return a section with constants in fields that may not move the hash for `purpose`.
+
+        These are the fields that a planned chain sets, so that a run keeps its hash when its phases are planned. If no
+        chain is planned, `plan.chain` has no effect.
+        """
+        value, changes = getattr(self, section), dict[str, Any]()
+        if section == "distill" and not self.distill.plans_chain:
+            changes = {"plan": self.distill.plan.model_copy(update={"chain": False})}
+        elif section == "distill" and purpose in ("run", "plan"):
+            changes = {"path_start": "student", "path_order": None}
+        elif section == "evaluate" and self.distill.plans_chain and purpose == "run":
+            changes = {"order": "union"}
+        fixed: Section = value.model_copy(update=changes)
+        return fixed
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:

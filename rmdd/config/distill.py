@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from rmdd.config import recipes
 from rmdd.config.hashing import Purpose, no_hash
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
+from rmdd.config.order import Order
 from rmdd.config.plan import Plan
 from rmdd.config.recipes import Recipe
 from rmdd.config.runfile import Clash, Section, validate
@@ -149,6 +150,10 @@ class Distill(Section):
         description="path_start student: number of training epochs of these students on each subset; null: "
         "evaluate.epochs",
     )
+    path_order: Order | None = Field(
+        None,
+        description="path_start student: order in which these students learn several subsets; null: evaluate.order",
+    )
     endpoint_rule: Literal["inclusive", "exclusive"] = Field(
         "inclusive",
         description="exclusive: the trajectory ends one epoch before the endpoint, as in the released expert buffers",
@@ -274,6 +279,11 @@ class Distill(Section):
         return validate(kind, copy.deepcopy(self.options))[0]
 
     @property
+    def plans_chain(self) -> bool:
+        """Whether the phases are planned and chained; a plan of a single phase has no chain."""
+        return self.plan.kind == "auto" and self.plan.chain and self.trajectory == "shortcut"
+
+    @property
     def real_starts(self) -> bool:
         """Whether students may start between two epochs, such as at epoch 1.5."""
         recipe = self.recipe
@@ -287,8 +297,14 @@ class Distill(Section):
 
     def clashes(self) -> list[Clash]:
         mistakes = []
-        for name in ("path_lag", "path_epochs"):
-            if getattr(self, name) is not None and self.path_start == "theta_0":
+        if self.path_lag is not None and self.plans_chain:
+            text = (
+                "distill.path_lag starts phases before the val score of the earlier ones is known, and planned phases "
+                "wait for it; remove distill.path_lag, or set distill.plan.chain: false"
+            )
+            mistakes.append(Clash(text, "distill.path_lag", "distill.phases", "plan.kind", "plan.chain"))
+        for name in ("path_lag", "path_epochs", "path_order"):
+            if getattr(self, name) is not None and self.path_start == "theta_0" and not self.plans_chain:
                 text = f"distill.{name} needs paths that start at students; set distill.path_start: student"
                 mistakes.append(Clash(text, f"distill.{name}", "distill.path_start"))
         if self.method_name in ("random", "full"):
@@ -310,8 +326,10 @@ class Distill(Section):
 
         The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
-        chain = ("path_start", "path_lag", "path_epochs")
+        chain = ("path_start", "path_lag", "path_epochs", "path_order")
         unused = chain if self.path_start == "theta_0" else ()  # so hashes are those of before these fields existed
+        if self.path_order is None:
+            unused = (*unused, "path_order")
         if purpose == "run":
             return (*unused, "phases") if self.plan.plans else (*unused, "plan")
         return (*unused, "plan") if purpose == "phases" and self.plan.kind != "adaptive" else unused

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rmdd.config.hashing import Purpose
 from rmdd.config.numbers import NonNegativeFloat, PositiveFloat, PositiveInt
 from rmdd.config.runfile import Section
 
@@ -17,6 +18,12 @@ class Plan(Section):
     kind: Literal["stated", "auto", "adaptive"] = Field(
         "stated", description="set by distill.phases: stated for a list of phases, otherwise auto or adaptive"
     )
+    chain: bool = Field(
+        True,
+        description="auto with trajectory shortcut: plan chained phases (path_start: student), which all end at the "
+        "first endpoint; a phase that does not raise the val score of students is dropped, and val also chooses "
+        "evaluate.order; false: plan independent phases",
+    )
     iterations: PositiveInt = Field(2000, description="number of iterations of all phases together")
     max_phases: PositiveInt = Field(3, description="largest number of phases")
     min_iterations: PositiveInt = Field(1000, description="smallest number of iterations per phase")
@@ -24,7 +31,9 @@ class Plan(Section):
     reach: Annotated[float, Field(gt=0, le=1)] = Field(
         0.92, description="share of the experts' gain on val that is reached at the endpoint of the first phase"
     )
-    reach_step: NonNegativeFloat = Field(0.04, description="increase of `reach` from each phase to the next")
+    reach_step: NonNegativeFloat = Field(
+        0.04, description="independent phases: increase of `reach` from each phase to the next"
+    )
     min_straightness: Annotated[float, Field(ge=0, le=1)] = Field(
         0.25, description="trajectory shortcut: smallest straightness (chord / path length) of an endpoint"
     )
@@ -43,6 +52,10 @@ class Plan(Section):
     pace: PositiveFloat = Field(
         0.25, description="adaptive: largest change, in epochs, of an end of the start range per adjustment"
     )
+
+    def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
+        """Leave out `chain: false`, so that the hashes of independent phases are older than this field."""
+        return () if self.chain else ("chain",)
 
     @property
     def plans(self) -> bool:

@@ -63,11 +63,13 @@ class Job:
     lr: float = 0.0
     augment: str = ""
     """Augmentation of the student, set only for the kinds own, soft_tune and soft; empty: as in the run."""
+    gate: str = ""
+    """Subsets that a student at a gate of a planned chain learns, and their order; only for the kind select."""
 
     @property
     def name(self) -> str:
         extra = {
-            "select": f"-{self.snapshot:02d}",
+            "select": f"-{self.gate}" if self.gate else f"-{self.snapshot:02d}",
             "tune": f"-{self.loss}-{self.lr:g}",
             "own": f"-{self.augment}",
             "soft": f"-{self.augment}",

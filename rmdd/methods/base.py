@@ -29,8 +29,8 @@ M = TypeVar("M", bound="BaseMethod")
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
 TRAJECTORY_FIELDS = (
-    *("trajectory", "path_start", "path_lag", "path_epochs", "endpoint_rule", "start_rule", "estimator"),
-    *("reuse_graphs", "steps", "match_epochs"),
+    *("trajectory", "path_start", "path_lag", "path_epochs", "path_order", "endpoint_rule"),
+    *("start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
     *("batch", "batches", "branches", "inner_dropout", "lr_similarity", "lr_lr"),
 )
 """Fields of `distill` that only trajectory-matching methods read."""

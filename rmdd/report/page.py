@@ -23,6 +23,7 @@ from rmdd.config.recipes import TITLES
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
 from rmdd.distill.sets import load_set
+from rmdd.distill.trajectory.planning import PLAN
 from rmdd.experts.store import stored_bytes
 from rmdd.methods import method_of
 from rmdd.report import health, plots, referee
@@ -75,6 +76,7 @@ def write_report(
             sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
             for s in distilled.subsets
         ],
+        "plan": _plan(page.with_name(PLAN)) if run.distill.plan.plans else [],
         "last_starts": [p.stop - (run.distill.start_rule == "exclusive") for p in run.distill.phases],
         "similarity": _similarity(distilled.subsets),
         "matching": [_curves(method, lines) for lines in logs],
@@ -235,6 +237,12 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
         }
         for probe, facts in evaluation.get("probes", {}).items()
     ]
+
+
+def _plan(path: Path) -> list[str]:
+    """Return the reasons for the planned phases, and the decisions about phases that were made on val."""
+    plan = read_json(path) if path.is_file() else {"reasons": []}
+    return plan["reasons"] + [decision["reason"] for decision in plan.get("decisions", [])]
 
 
 # -- images of pairs ----------------------------------------------------------------------------------------------

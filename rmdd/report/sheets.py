@@ -125,7 +125,8 @@ def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
     sheet = Sheet(3 + len(signals["agreement"]))
     epochs = list(range(len(signals["val"])))
     ax = sheet.lines(0, "teacher's progress", epochs, {"": signals["share"]}, "epoch", "share of the gain on val")
-    for p, (end, (first, last)) in enumerate(zip(plan["endpoints"], plan["starts"], strict=True)):
+    kinds = dict.fromkeys(zip(plan["endpoints"], map(tuple, plan["starts"]), strict=True))  # equal in a chain
+    for p, (end, (first, last)) in enumerate(kinds):
         colour = COLOURS[(p + 1) % len(COLOURS)]
         ax.axvline(end, color=colour, ls="--", label=f"phase {p}: endpoint")
         ax.axvspan(first - 0.1, last + 0.1, color=colour, alpha=0.15, label=f"phase {p}: starts")

@@ -30,7 +30,8 @@ from rmdd.methods.distribution import DistributionMethod, Effort
 from rmdd.models.dual import DualEncoder, build, tower_of
 from rmdd.models.losses import LOSSES
 from rmdd.models.text import text_width
-from rmdd.runs.paths import epochs_of_path_starts
+from rmdd.runs.gate import is_gated, orders_at_gate
+from rmdd.runs.paths import training_of_path_starts
 
 FLOAT = 4
 GPU_FLOPS = 10e12
@@ -289,10 +290,20 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
         total += plan.iterations * step
         if is_chained(run.distill) and p:
             starts = {sources_of_paths(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
-            earlier = pairs_of_stages(run.evaluate.order, [q.pairs for q in run.distill.phases[:p]])
-            passes = epochs_of_path_starts(run) * _pairs_of_pass(run.evaluate, earlier)
+            rule = training_of_path_starts(run)
+            earlier = pairs_of_stages(rule.order, [q.pairs for q in run.distill.phases[:p]])
+            passes = rule.epochs * _pairs_of_pass(rule, earlier)
             total += len(starts) * run.experts.num * passes * work.training
     return total
+
+
+def _learned_at_gates(run: config.Run, subsets: list[int]) -> list[list[int]]:
+    """Return the numbers of pairs that each student at the gates of a planned chain learns, stage after stage."""
+    if not is_gated(run.distill):
+        return []
+    counts = range(1, len(subsets) + 1)
+    each = [pairs_of_stages(order, subsets[:n]) for n in counts for order in orders_at_gate(n)]
+    return each * run.evaluate.selection_students
 
 
 def _pairs_of_pass(rule: config.Evaluate, subsets: list[int]) -> int:
@@ -322,6 +333,7 @@ def operations(run: config.Run, counts: Counts, work: Work) -> dict[str, int]:
     random_pairs = [run.distill.budget]
     evaluate = (
         select * student(stages, rule.epochs, val)
+        + sum(student(pairs, rule.epochs, val) for pairs in _learned_at_gates(run, subsets))
         + tune * student(random_pairs, rule.epochs, val)
         + rule.students * student(stages, rule.epochs, curve + val + test)
         + (

@@ -14,7 +14,7 @@ from rmdd.execution.tasks import Hooks, Interrupted
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
 from rmdd.runs.items import TaskItem, exclusive_folder, needed_after_training, prepared_split, with_local_paths
-from rmdd.runs.paths import epochs_of_path_starts
+from rmdd.runs.paths import training_of_path_starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,7 @@ class TrainPathStart:
                 model = expert_model(run.model, size, run.seed_of("experts"), item.number, train.texts.shape[1])
                 model.load_trained(Store.open(paths.store).read(item.number, 0))
                 model.temperature = run.student_temperature
-                rule = run.evaluate.model_copy(update={"epochs": epochs_of_path_starts(run)})
-                schedule = StudentSchedule.of(rule).on(train.mean, train.std)
+                schedule = StudentSchedule.of(training_of_path_starts(run)).on(train.mean, train.std)
                 seed = derive(run.seed_of("distill"), "path start", phase)
 
                 def after_pass(subset: int, passes: int) -> None:

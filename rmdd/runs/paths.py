@@ -97,9 +97,10 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     recipe["version"] = method.version
     recipe["parts"] = [part.identity() for part in method.parts()]
     if is_chained(run.distill):  # paths start at students that are trained as the run says
-        students = run.hashed("evaluate", "learned") | {"epochs": epochs_of_path_starts(run)}
+        rule = training_of_path_starts(run)
+        students = run.hashed("evaluate", "learned") | {"epochs": rule.epochs}
         if len(run.distill.phases) > 2:  # some of these students learn more than one subset
-            students |= {"order": run.evaluate.order, "between": run.evaluate.between}
+            students |= {"order": rule.order, "between": rule.between}
         recipe["students"] = {name: value for name, value in students.items() if name != "eval_every"}
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {
@@ -130,9 +131,12 @@ def fetch_pretrained(run: config.Run) -> None:
     obtain(method.parts())
 
 
-def epochs_of_path_starts(run: config.Run) -> int:
-    """Return the number of training epochs of the students from which the paths of chained phases start."""
-    return run.distill.path_epochs or run.evaluate.epochs
+def training_of_path_starts(run: config.Run) -> config.Evaluate:
+    """Return how the students are trained from which the paths of chained phases start."""
+    epochs, order = run.distill.path_epochs, run.distill.path_order
+    return run.evaluate.model_copy(
+        update={"epochs": epochs or run.evaluate.epochs, "order": order or run.evaluate.order}
+    )
 
 
 def is_finished(run: config.Run, paths: RunPaths, number: int) -> bool:

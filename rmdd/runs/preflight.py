@@ -16,7 +16,7 @@ from rmdd.distill.trajectory.planning import (
     budget_error,
     planned_budget_error,
     with_estimated_phases,
-    with_phases,
+    with_plan,
 )
 from rmdd.evaluate.probes import of_run as probes
 from rmdd.experts.store import Store
@@ -26,6 +26,7 @@ from rmdd.models.dual import DualEncoder
 from rmdd.models.image import double_backward, matching_context, weights_file
 from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
+from rmdd.runs.gate import is_gated
 from rmdd.runs.paths import RunPaths, dataset_folder, is_finished, paths_of
 
 EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
@@ -178,12 +179,14 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
     if not run.distill.plan.plans:
         return run, None
     if (written := run_folder(run) / PLAN).is_file():
-        return with_phases(run, read_json(written)["phases"]), f"the phases are those of the plan {written}"
+        return with_plan(run, read_json(written)), f"the phases are those of the plan {written}"
     if mistake := planned_budget_error(run, text_width):
         raise config.ConfigError([mistake], run.name)
-    return with_estimated_phases(run, text_width), (
-        "the number and sizes of the phases are a forecast; the run plans its phases after the experts are trained"
-    )
+    estimated = with_estimated_phases(run, text_width)
+    remark = "the number and sizes of the phases are a forecast; the run plans its phases after the experts are trained"
+    if is_gated(estimated.distill):
+        remark += "; a phase that does not raise the val score is dropped, and its pairs and updates go to the others"
+    return estimated, remark
 
 
 def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:

@@ -20,7 +20,7 @@ from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import chain
-from rmdd.distill.trajectory.planning import PLAN, budget_error, with_phases
+from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan, write_plan
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.execution.backend import Backend
@@ -33,6 +33,7 @@ from rmdd.experts.train import begin_store
 from rmdd.generate.studio import Tools
 from rmdd.models.prepared import SplitSource
 from rmdd.models.text import embed, encoder_identity, text_width
+from rmdd.runs import gate
 from rmdd.runs.items import TaskItem, record
 from rmdd.runs.path_starts import TrainPathStart
 from rmdd.runs.paths import HEALTH, candidates_of, dataset_folder, fetch_pretrained, is_finished, paths_of, protocol_of
@@ -135,15 +136,15 @@ class Steps:
         if message:
             self.progress.say(f"warning: {message}")
 
-    def plan(self, item: TaskItem, dataset: Dataset) -> TaskItem:
+    def plan(self, item: TaskItem, dataset: Dataset, task: MakePlan | None = None) -> TaskItem:
         """Return the input of the tasks, with all phases. If the run lists no phases, plan them from the experts."""
         if self.run.distill.phases:
             return item
         with self.timed("plan"):
-            self.map("plan", MakePlan(), [item], {"plan": 1})
+            self.map("plan", task or MakePlan(), [item], {"plan": 1})
             self.storage.fetch(self.folder)
             plan = read_json(self.folder / PLAN)
-            run = with_phases(self.run, plan["phases"])
+            run = with_plan(self.run, plan)
         self.check_budget(run)
         for reason in plan["reasons"]:
             self.progress.say(f"plan: {reason}")
@@ -163,8 +164,8 @@ class Steps:
         run, paths, backend = item.run, item.paths, self.backend
         phases = range(len(run.distill.phases))
         with self.timed("distill"):
-            if chain.is_chained(run.distill):
-                self._distill_chain(item)
+            for wave in range(chain.waves(run.distill)) if chain.is_chained(run.distill) else ():
+                self._distill_wave(item, wave)
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
@@ -181,23 +182,68 @@ class Steps:
             self.storage.fetch(paths.phases, _no_curve)
         return [paths.phase(p) for p in phases]
 
-    def _distill_chain(self, item: TaskItem) -> None:
-        """Distil chained phases wave by wave. Each wave first trains the students from which its paths start."""
+    def _distill_wave(self, item: TaskItem, wave: int) -> None:
+        """Distil one wave of chained phases. First train the students from which the paths of this wave start."""
         rule, paths = item.run.distill, item.paths
         phases, experts = range(len(rule.phases)), range(item.run.experts.num)
-        for wave in range(chain.waves(rule)):
-            work = {p: (chain.updates_after(rule, p, wave - 1), chain.updates_after(rule, p, wave)) for p in phases}
-            todo = {p: done for p, (begun, done) in work.items() if done > begun and not paths.set(p, done).is_file()}
-            starts = {(p, e): chain.sources(rule, p, work[p][0]) for p in todo if p for e in experts}
-            missing = {
-                f"phase {p}, expert {e}": replace(item, number=e, iterations=iterations)
-                for (p, e), iterations in starts.items()
-                if not chain.path_start_file(paths.phase(p), e, iterations).is_file()
-            }
-            self.map("path starts", TrainPathStart(), list(missing.values()), dict.fromkeys(missing, 1))
-            items = [replace(item, number=p) for p in todo]
-            self.map("phases", DistillPhase(wave=wave), items, {f"phase {p}": done for p, done in todo.items()})
-            self.storage.fetch(paths.phases, _no_curve)
+        work = {p: (chain.updates_after(rule, p, wave - 1), chain.updates_after(rule, p, wave)) for p in phases}
+        todo = {p: done for p, (begun, done) in work.items() if done > begun and not paths.set(p, done).is_file()}
+        starts = {(p, e): chain.sources(rule, p, work[p][0]) for p in todo if p for e in experts}
+        missing = {
+            f"phase {p}, expert {e}": replace(item, number=e, iterations=iterations)
+            for (p, e), iterations in starts.items()
+            if not chain.path_start_file(paths.phase(p), e, iterations).is_file()
+        }
+        self.map("path starts", TrainPathStart(), list(missing.values()), dict.fromkeys(missing, 1))
+        items = [replace(item, number=p) for p in todo]
+        self.map("phases", DistillPhase(wave=wave), items, {f"phase {p}": done for p, done in todo.items()})
+        self.storage.fetch(paths.phases, _no_curve)
+
+    def distill_gated(self, item: TaskItem, dataset: Dataset, splits: SplitSource) -> TaskItem:
+        """Distil a planned chain with the gate of `rmdd.runs.gate`; return the input of the tasks with the kept phases.
+
+        If only one phase is left, it is planned and not yet distilled.
+        """
+        unplanned = replace(item, run=self.run)
+        while gate.is_gated(item.run.distill):
+            phases = len(item.run.distill.phases)
+            plan = read_json(self.folder / PLAN)
+            earlier = [d for d in plan.get("decisions", []) if d["phases"] > phases]
+            decisions = [*earlier, *self._decisions(item, splits)]
+            last = decisions[-1]
+            if not last["kept"]:
+                task = MakePlan(most=last["subsets"] - 1, decisions=tuple(decisions))
+                item = self.plan(unplanned, dataset, task)
+                continue
+            decided = plan | {"order": last["order"], "decisions": decisions}
+            if decided != plan:
+                write_plan(self.folder, self.run, decided)
+            paths = paths_of(run := with_plan(self.run, decided), dataset)
+            return TaskItem(run, paths, paths.phases.name)
+        return item
+
+    def _decisions(self, item: TaskItem, splits: SplitSource) -> list[dict[str, Any]]:
+        """Distil the phases of a planned chain until one is dropped; return the decision about each phase."""
+        decisions: list[dict[str, Any]] = []
+        self.begin_phases(item, splits)
+        with self.timed("distill"):
+            for p in range(len(item.run.distill.phases)):
+                try:
+                    self._distill_wave(item, p)
+                except ArithmeticError as error:
+                    if p == 0:
+                        raise
+                    decisions.append(gate.diverged(item, p + 1, error))
+                else:
+                    students = gate.students_at_gate(item, p + 1)
+                    names = [student.job.name for student in students if student.job]
+                    scored = self.map("choices on val", TrainStudent(), students, dict.fromkeys(names, 1))
+                    before = decisions[-1]["score"] if decisions else None
+                    decisions.append(gate.decision(item, students, scored, before))
+                self.progress.say(f"plan: {decisions[-1]['reason']}")
+                if not decisions[-1]["kept"]:
+                    break
+        return decisions
 
     # -- students ------------------------------------------------------------------------------------------------
 
@@ -270,8 +316,8 @@ class Steps:
 
         These numbers are not in `evaluation.json`, as that file must be byte-identical if a run is killed and resumed.
         """
-        logs = [item.paths.phase(p) / "metrics.jsonl" for p in range(len(item.run.distill.phases))]
-        cost = summary.measured_cost(item.run.runtime, logs, stored_bytes(item.paths.store), self.all_seconds())
+        logs, experts = gate.logs_of(item), stored_bytes(item.paths.store)
+        cost = summary.measured_cost(item.run.runtime, logs, experts, self.all_seconds())
         write_json(self.folder / "cost.json", cost)
         return cost
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmdd import config, methods
+from rmdd import methods
 from rmdd.core import tracking as track
 from rmdd.core.device import device_of
-from rmdd.core.files import atomic_path, read_json, write_json
+from rmdd.core.files import read_json, write_json
 from rmdd.data.shards import Dataset
 from rmdd.distill.chain import updates_after
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, with_explicit_phases, with_phases
+from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, write_plan
 from rmdd.evaluate.health_of_run import health_report
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
@@ -233,6 +233,11 @@ class MakePlan:
     also writes `planned.yaml`, the run file with these phases.
     """
 
+    most: int | None = None
+    """Largest number of phases, after the gate of a planned chain has dropped one; None: as the run says."""
+    decisions: tuple[dict[str, Any], ...] = ()
+    """Decisions of the gate so far, which are written to the plan."""
+
     def target(self, item: TaskItem) -> Path:
         return item.paths.run / PLAN
 
@@ -241,7 +246,8 @@ class MakePlan:
         paths, run = item.paths, item.run
         storage.fetch(paths.run / PLAN)
         written = paths.run / PLAN
-        if not written.is_file() or read_json(written)["key"] != key_of(run, paths.store.name):
+        plan = read_json(written) if written.is_file() else {"key": None}
+        if plan["key"] != key_of(run, paths.store.name) or (self.most and len(plan["phases"]) > self.most):
             storage.fetch(paths.data)
             storage.fetch(paths.store, needed_after_training)
             planned = make_plan(
@@ -249,13 +255,9 @@ class MakePlan:
                 Store.open(paths.store),
                 prepared_split(item, "train"),
                 device_of(run.runtime),
+                self.most,
             )
-            if run.distill.plan.kind == "auto":
-                with atomic_path(paths.run / "planned.yaml") as temporary:
-                    temporary.write_text(
-                        config.dump(with_explicit_phases(with_phases(run, planned["phases"]))), encoding="utf-8"
-                    )
-            write_json(written, planned)
+            write_plan(paths.run, run, planned | ({"decisions": list(self.decisions)} if self.decisions else {}))
             storage.flush()
         hooks.report({"done": 1})
         return True

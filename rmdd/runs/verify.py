@@ -18,7 +18,7 @@ from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.coresets import subset
 from rmdd.data import shards
 from rmdd.distill import loop
-from rmdd.distill.trajectory.planning import PLAN, with_phases
+from rmdd.distill.trajectory.planning import PLAN, with_plan
 from rmdd.evaluate import records
 from rmdd.experts import store
 
@@ -169,7 +169,7 @@ def _planned(path: Path, run: config.Run, check: DiskCheck) -> config.Run:
             check.fault(path, "is missing", "resume the run to create it again")
         return run
     with check.errors_as_faults(path, RECREATE.format("run")):
-        return with_phases(run, read_json(path)["phases"])
+        return with_plan(run, read_json(path))
     return run
 
 

@@ -13,6 +13,7 @@ from rmdd.execution.backend import Backend
 from rmdd.execution.in_turn import SequentialExecutor
 from rmdd.execution.tasks import Hooks
 from rmdd.pipeline import Pipeline
+from rmdd.runs.gate import logs_of
 from rmdd.runs.items import TaskItem
 from rmdd.runs.paths import candidates_of
 from rmdd.runs.tasks import DistillPhase
@@ -47,6 +48,7 @@ class Trial:
     def __init__(self, run: config.Run):
         self.worker = SequentialExecutor(run.runtime.threads)
         self.pipeline = Pipeline(run, Backend(self.worker), Progress(quiet=True), splits=SPLITS)
+        self.item: TaskItem | None = None
         self.curve: list[float] = []
 
     def run_rung(self, hooks: Hooks) -> dict[str, Any]:
@@ -65,10 +67,11 @@ class Trial:
             return {"done": True, "error": str(error)}
 
     def _score_next(self) -> dict[str, Any]:
-        item, steps = self.pipeline.begin_phases(), self.pipeline.steps
-        step, candidates = len(self.curve), candidates_of(item.run)
+        item, steps, step = self.pipeline.begin_phases(), self.pipeline.steps, len(self.curve)
+        self.item = item
         if not methods.method_of(item.run).iterates or is_chained(item.run.distill):
-            self.pipeline.distill()  # all snapshots at once
+            self.item = item = self.pipeline.distilled()  # all snapshots at once
+        candidates = candidates_of(item.run)
         for p, iteration in enumerate(candidates[step]):
             if not item.paths.set(p, iteration).is_file():
                 steps.map("phases", DistillUntil(iteration), [replace(item, number=p)], {f"phase {p}": iteration})
@@ -83,12 +86,10 @@ class Trial:
         return score
 
     def cost(self) -> dict[str, float]:
-        """Return how many outer iterations all phases have done so far, and how many seconds these iterations took."""
-        item = self.pipeline.begin_phases()
+        """Return how many outer iterations all phases, dropped ones included, have done, and their seconds."""
         total = {"iterations": 0.0, "seconds": 0.0}
-        for p in range(len(item.run.distill.phases)):
-            log = item.paths.phase(p) / "metrics.jsonl"
-            lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        for log in logs_of(self.item or self.pipeline.begin_phases()):
+            lines = log.read_text(encoding="utf-8").splitlines()
             total["iterations"] += len(lines)
             total["seconds"] += sum(json.loads(line)["seconds"] for line in lines)
         return total

@@ -9,7 +9,7 @@ from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json
-from rmdd.distill.trajectory.planning import PLAN, with_phases
+from rmdd.distill.trajectory.planning import PLAN, with_plan
 from rmdd.runs.verify import RECREATE, verify_records, verify_run, verify_sources
 
 
@@ -64,7 +64,7 @@ def _trial(root: Path, run: config.Run, row: dict[str, Any], check: DiskCheck) -
     if "phases" not in row or not (folder / "data.json").is_file():
         return
     if run.distill.plan.plans:
-        run = with_phases(run, read_json(folder / PLAN)["phases"])
+        run = with_plan(run, read_json(folder / PLAN))
     verify_sources(root, run, row, read_json(folder / "data.json"), check, finished=row["state"] == "complete")
 
 

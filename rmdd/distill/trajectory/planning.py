@@ -1,6 +1,6 @@
 """`phases: auto`: plan the phases of a run from the expert trajectories, before anything is distilled.
 
-The rule (its settings are in `distill.plan`):
+The rule for independent phases (`distill.plan` has its settings; `chain: false`):
 
 1. endpoints   E_p, the endpoint of phase p, is the first epoch at which the teacher has reached the share
                `reach + p reach_step` of its total gain in val score. Later epochs gain little per unit of arc length,
@@ -16,12 +16,19 @@ The rule (its settings are in `distill.plan`):
 
 With the published val curves of PTM-ST's teachers, the rule gives the published endpoints: 6 with one phase (100
 pairs), 6 and 8 with two phases, and 6, 8 and 10 with three.
+
+With `chain: true`, the default, several phases are chained (`rmdd.distill.chain`): later paths start at students of the
+earlier phases, and all paths end at the first endpoint, with the first range of starts. Later endpoints gave worse
+sets. The number of phases is limited by pairs and updates only. A plan with a single phase is the same in both cases.
+While a chain is distilled, `rmdd.runs.gate` drops phases that do not raise the val score, and a plan with fewer phases
+replaces this one. It also chooses the order in which students learn the subsets.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +38,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config import budget, recipes
+from rmdd.core.files import atomic_path, write_json
 from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.matching import Matched, Matcher
 from rmdd.experts.store import Store
@@ -155,15 +163,22 @@ def _includes_stop(rule: config.Distill) -> int:
     return int(rule.real_starts)
 
 
-def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch.device) -> dict[str, Any]:
-    """Plan the phases of a run; return the phases as JSON values, with the measurements and the reasons in words."""
+def make_plan(
+    method: Matched, store: Store, train: PreparedSplit, device: torch.device, most: int | None = None
+) -> dict[str, Any]:
+    """Plan the phases of a run; return the phases as JSON values, with the measurements and the reasons in words.
+
+    `most` is the largest number of phases if it is below `max_phases`.
+    """
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(plan, store, run.experts.num)
     ends = endpoints(rule, measured)
-    pairs = sizes(run, train.texts.shape[1], len(ends))
     num_endpoints = len(ends)
-    ends = ends[: len(pairs)]
+    most = min(plan.max_phases, most or plan.max_phases) if rule.plans_chain else num_endpoints
+    pairs = sizes(run, train.texts.shape[1], most)
+    chained = rule.plans_chain and len(pairs) > 1
+    ends = ends[:1] if chained else ends[: len(pairs)]
     probes: list[statistics.Probe] = []
 
     def agreement(phase: int, end: int) -> Float[Tensor, "T T"]:
@@ -171,6 +186,8 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
         return probes[-1].agreement()
 
     spans = ranges(rule, ends, agreement)
+    if chained:
+        ends, spans = ends * len(pairs), spans * len(pairs)
     exclusive = rule.endpoint_rule == "exclusive"
     updates = budget.split(plan.iterations, len(pairs))
     phases = [
@@ -178,26 +195,34 @@ def make_plan(method: Matched, store: Store, train: PreparedSplit, device: torch
         for m, (low, stop), end, count in zip(pairs, spans, ends, updates, strict=True)
     ]
     share = measured.share
-    few_ends = num_endpoints < plan.max_phases
+    few_ends = num_endpoints < plan.max_phases and not rule.plans_chain
     fewer = f"; only {num_endpoints} epochs have the wanted share of the gain" if few_ends else ""
     reasons = [
         f"{len(phases)} of at most {plan.max_phases} phases: {'+'.join(map(str, pairs))} pairs fit the budget of "
         f"{rule.budget}, with {'+'.join(map(str, updates))} updates; a phase needs at least {plan.min_pairs} pairs and "
         f"{plan.min_iterations} updates{fewer}"
     ]
-    for p, (phase, end, probe) in enumerate(zip(phases, ends, probes, strict=True)):
+    for p, probe in enumerate(probes):
+        phase, end = phases[p], ends[p]
+        name = "every phase" if chained else f"phase {p}"
         cosines = ", ".join(f"{c:.2f}" for c in probe.agreement().diagonal(1).tolist())
         reasons.append(
-            f"phase {p} ends at epoch {end}, where the teacher has {share[end]:.2f} of its gain (wanted "
+            f"{name} ends at epoch {end}, where the teacher has {share[end]:.2f} of its gain (wanted "
             f"{min(1.0, plan.reach + p * plan.reach_step):.2f}) and the shortcut has straightness "
             f"{measured.straightness[end]:.2f}; starts [{phase.start}, {phase.stop}): cosines of neighbouring starts "
             f"are {cosines or 'not defined'} (wanted {plan.agreement:.2f})"
+        )
+    if chained:
+        reasons.append(
+            "the paths of later phases start at students of the earlier phases; a phase that does not raise the val "
+            "score is dropped, and its pairs and updates go to the others"
         )
     return {
         "schema_version": SCHEMA,
         "key": key_of(run, store.path.name),
         "kind": plan.kind,
         "phases": [p.model_dump(mode="json") for p in phases],
+        **(_of_chain(len(phases)) if chained else {}),
         "endpoints": ends,
         "starts": [[p.start, p.stop - (rule.start_rule == "exclusive" and not _includes_stop(rule))] for p in phases],
         "reasons": reasons,
@@ -245,11 +270,28 @@ def key_of(run: config.Run, store: str) -> str:
     )
 
 
-def with_phases(run: config.Run, phases: list[dict[str, Any]]) -> config.Run:
+def _of_chain(phases: int) -> dict[str, Any]:
+    """Return the fields of a run, besides `phases`, that a plan of chained phases sets.
+
+    The gate chooses `evaluate.order` when the phases are distilled, so `path_order` is set if it has an effect.
+    """
+    return {"path_start": "student", "path_order": "cumulative" if phases > 2 else None, "order": "cumulative"}
+
+
+def with_plan(run: config.Run, plan: Mapping[str, Any]) -> config.Run:
     """Return a copy of `run` that has the phases of a plan. The copy keeps the hash and the folder of `run`."""
     value = run.model_dump(mode="json")
-    value["distill"]["phases"] = phases
+    for section, names in (("distill", ("phases", "path_start", "path_order")), ("evaluate", ("order",))):
+        value[section] |= {name: plan[name] for name in names if name in plan}
     return config.Run.model_validate(value)
+
+
+def write_plan(folder: Path, run: config.Run, plan: Mapping[str, Any]) -> None:
+    """Write a plan to the folder of `run`; for `phases: auto`, also write `planned.yaml`, which lists the phases."""
+    if run.distill.plan.kind == "auto":
+        with atomic_path(folder / "planned.yaml") as temporary:
+            temporary.write_text(config.dump(with_explicit_phases(with_plan(run, plan))), encoding="utf-8")
+    write_json(folder / PLAN, plan)
 
 
 def with_explicit_phases(run: config.Run) -> config.Run:
@@ -259,14 +301,13 @@ def with_explicit_phases(run: config.Run) -> config.Run:
 
 def with_estimated_phases(run: config.Run, text_width: int) -> config.Run:
     """Return a copy of `run` with an estimate of its phases, so that costs can be estimated before experts exist."""
-    epochs, plan = run.experts.epochs, run.distill.plan
-    pairs = sizes(run, text_width, min(plan.max_phases, len(plan.endpoints or range(epochs))))
+    epochs, plan, chained = run.experts.epochs, run.distill.plan, run.distill.plans_chain
+    ends = plan.max_phases if chained else len(plan.endpoints or range(epochs))
+    pairs = sizes(run, text_width, min(plan.max_phases, ends))
     updates = budget.split(plan.iterations, len(pairs))
     end = epochs + (run.distill.endpoint_rule == "exclusive")
     phases = [{"pairs": m, "stop": 1, "endpoint": end, "iterations": n} for m, n in zip(pairs, updates, strict=True)]
-    return run.model_copy(
-        update={"distill": run.distill.model_copy(update={"phases": tuple(config.Phase(**p) for p in phases)})}
-    )
+    return with_plan(run, {"phases": phases, **(_of_chain(len(pairs)) if chained and len(pairs) > 1 else {})})
 
 
 def budget_error(run: config.Run, width: int | None = None) -> str | None:

@@ -19,7 +19,7 @@ from rmdd.cli.app import app
 from rmdd.cli.loading import load_folder
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
-from rmdd.distill.trajectory.planning import Measured, endpoints, key_of, ranges, sizes, with_phases
+from rmdd.distill.trajectory.planning import Measured, endpoints, key_of, ranges, sizes, with_plan
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import open_pipeline
@@ -157,11 +157,11 @@ def test_a_plan_keeps_all_possible_endpoints():
     assert run.experts.keep == "all" and kept_epochs(run.experts, run.endpoints) is None
     few = published(100, endpoints=[4, 6])
     assert kept_epochs(few.experts, few.endpoints) == (4, 6, 10)
-    listed = [{"pairs": 90, "endpoint": 5, "iterations": 5}]
-    assert kept_epochs(with_phases(few, listed).experts, with_phases(few, listed).endpoints) == (4, 6, 10), (
+    listed = {"phases": [{"pairs": 90, "endpoint": 5, "iterations": 5}]}
+    assert kept_epochs(with_plan(few, listed).experts, with_plan(few, listed).endpoints) == (4, 6, 10), (
         "before and after"
     )
-    assert run.hash_of() == with_phases(run, listed).hash_of()
+    assert run.hash_of() == with_plan(run, listed).hash_of()
 
 
 def test_a_plan_on_original_trajectories_keeps_all_of_them():
@@ -202,6 +202,7 @@ TINY = tiny.changed(
         "reuse_graphs": 2,  # runs of this size are faster with kept graphs
         "phases": "auto",
         "plan": {
+            "chain": False,
             "iterations": 12,
             "min_iterations": 5,
             "min_pairs": 4,
