@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmdd import config, methods
-from rmdd.analyse.tables import pairs_of_budget, runs_with, scores_of
+from rmdd.analyse.tables import FROM_THETA_0, pairs_of_budget, runs_with, scores_of
 from rmdd.comparisons.engine import PAIRS, Costs, Row, run_jobs
 from rmdd.comparisons.entries import Entry
 from rmdd.config.order import Between, Order
@@ -96,11 +96,10 @@ class PhaseComparison:
             "pairs": pairs_of_budget(rule, run.data.image_size, run.model.text),
             "iterations": updates,
         }
-        from_theta_0 = {"distill.path_start": "theta_0", "distill.path_lag": None, "distill.path_epochs": None}
-        settings: dict[str, dict[str, Any]] = {INDEPENDENT: from_theta_0} if is_chained(rule) else {}
+        settings: dict[str, dict[str, Any]] = {INDEPENDENT: FROM_THETA_0} if is_chained(rule) else {}
         if early != phases:
-            settings[SAME] = from_theta_0 | {"distill.phases": early}
-        settings[ONE] = from_theta_0 | {"distill.phases": [whole]}
+            settings[SAME] = FROM_THETA_0 | {"distill.phases": early}
+        settings[ONE] = FROM_THETA_0 | {"distill.phases": [whole]}
         controls = runs_with(run.model_dump(mode="json"), kept_epochs(run.experts, run.endpoints), settings)
         return {CHAINED if is_chained(rule) else INDEPENDENT: run} | {m.label: m.run for m in controls}
 

@@ -32,6 +32,12 @@ TITLES = {
 TABLES = tuple(TITLES)
 STOP = "exclusive end of the start range"
 
+FROM_THETA_0 = {
+    "distill.path_start": "theta_0",
+    **dict.fromkeys(("distill.path_lag", "distill.path_epochs", "distill.path_order")),
+}
+"""Fields of a run whose phases are independent."""
+
 
 def collapse_members(
     run: config.Run, epochs: Sequence[int], trajectories: Sequence[str], iterations: int | None = None
@@ -51,6 +57,7 @@ def collapse_members(
     run = run.model_copy(update={"distill": rule.model_copy(update=plain)})
     settings = {
         f"{trajectory}, {stop}": {
+            **FROM_THETA_0,
             "distill.trajectory": trajectory,
             "distill.phases": [phase | {"start": 0, "stop": stop}],
         }

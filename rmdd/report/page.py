@@ -241,8 +241,8 @@ def _probes(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> l
 
 def _plan(path: Path) -> list[str]:
     """Return the reasons for the planned phases, and the decisions about phases that were made on val."""
-    plan = read_json(path) if path.is_file() else {"reasons": []}
-    return plan["reasons"] + [decision["reason"] for decision in plan.get("decisions", [])]
+    plan = read_json(path) if path.is_file() else {}
+    return [*plan.get("reasons", []), *(decision["reason"] for decision in plan.get("decisions", []))]
 
 
 # -- images of pairs ----------------------------------------------------------------------------------------------

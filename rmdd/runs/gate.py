@@ -10,16 +10,16 @@ The records of the students are in the run folder, and decisions depend on nothi
 decisions and trains no student twice. The decisions are written to plan.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rmdd import config
 from rmdd.config.order import Order
-from rmdd.core.files import read_json
+from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.distill.chain import is_chained
-from rmdd.distill.trajectory.planning import PLAN
+from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_plan
 from rmdd.evaluate.protocol import Job, best_by_val
 from rmdd.runs.items import TaskItem
 from rmdd.runs.paths import candidates_of
@@ -78,6 +78,14 @@ def diverged(item: TaskItem, subsets: int, error: ArithmeticError) -> dict[str, 
 def _decision(item: TaskItem, subsets: int, kept: bool, reason: str) -> dict[str, Any]:
     facts = {"phases": len(item.run.distill.phases), "subsets": subsets, "kept": kept, "reason": reason}
     return facts | {"folder": item.paths.phases.name}
+
+
+def write_plan(folder: Path, run: config.Run, plan: Mapping[str, Any]) -> None:
+    """Write a plan to the folder of `run`; for `phases: auto`, also write `planned.yaml`, which lists the phases."""
+    if run.distill.plan.kind == "auto":
+        with atomic_path(folder / "planned.yaml") as temporary:
+            temporary.write_text(config.dump(with_explicit_phases(with_plan(run, plan))), encoding="utf-8")
+    write_json(folder / PLAN, plan)
 
 
 def logs_of(item: TaskItem) -> list[Path]:

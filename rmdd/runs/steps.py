@@ -20,7 +20,7 @@ from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import chain
-from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan, write_plan
+from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.execution.backend import Backend
@@ -217,7 +217,7 @@ class Steps:
                 continue
             decided = plan | {"order": last["order"], "decisions": decisions}
             if decided != plan:
-                write_plan(self.folder, self.run, decided)
+                gate.write_plan(self.folder, self.run, decided)
             paths = paths_of(run := with_plan(self.run, decided), dataset)
             return TaskItem(run, paths, paths.phases.name)
         return item

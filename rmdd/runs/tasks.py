@@ -19,7 +19,7 @@ from rmdd.core.files import read_json, write_json
 from rmdd.data.shards import Dataset
 from rmdd.distill.chain import updates_after
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan, write_plan
+from rmdd.distill.trajectory.planning import PLAN, key_of, make_plan
 from rmdd.evaluate.health_of_run import health_report
 from rmdd.evaluate.students import score
 from rmdd.execution.parts import OpenParts, WorkerParts, with_restarts
@@ -33,6 +33,7 @@ from rmdd.methods.generative import GenerativeMethod
 from rmdd.methods.tuned import TunedMethod
 from rmdd.models.prepared import PreparedSplit
 from rmdd.models.text import text_width
+from rmdd.runs.gate import write_plan
 from rmdd.runs.items import (
     TaskItem,
     exclusive_folder,
@@ -246,7 +247,7 @@ class MakePlan:
         paths, run = item.paths, item.run
         storage.fetch(paths.run / PLAN)
         written = paths.run / PLAN
-        plan = read_json(written) if written.is_file() else {"key": None}
+        plan: dict[str, Any] = read_json(written) if written.is_file() else {"key": None}
         if plan["key"] != key_of(run, paths.store.name) or (self.most and len(plan["phases"]) > self.most):
             storage.fetch(paths.data)
             storage.fetch(paths.store, needed_after_training)

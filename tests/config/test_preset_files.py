@@ -32,6 +32,7 @@ ADDED = {
     "distill.path_start": "theta_0",
     "distill.path_lag": None,
     "distill.path_epochs": None,
+    "distill.path_order": None,
     "evaluate.order": "sequence",
     "evaluate.between": "zeros",
 }
@@ -68,6 +69,7 @@ def test_no_preset_was_lost():
 @pytest.mark.parametrize("name", VALUES)
 def test_a_preset_has_the_values_that_it_had(name):
     expected = {"name": name} | VALUES[name] | ADDED
+    expected["distill.plan"] |= {"chain": True}
     for before, now in RENAMED.items():
         expected[now] = expected.pop(before)
     if not name.startswith(EXACT):

@@ -1,5 +1,6 @@
 """Planned chains: their plan, phases that the gate keeps or drops on val, kills and resumes."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -235,6 +236,27 @@ def test_a_run_killed_at_a_gate_resumes_with_equal_bits(unbroken, trained, tmp_p
     assert sets_of(tmp_path / "runs") == sets_of(unbroken)
     assert plan_of(run) == plan_of(load(unbroken, *THREE))
     assert len(names) == len(set(names)) == 2 * (1 + 2 + 2 + 1 + 2), "no student is trained twice"
+
+
+def test_another_machine_continues_after_a_gate_in_the_cloud(unbroken, tmp_path, monkeypatch):
+    names, original, count = score_at_gates(monkeypatch, SCORES), students.TrainStudent.__call__, 0
+
+    def dying(self, item, hooks):
+        nonlocal count
+        count += 1
+        if count == 12:  # the first student of the plan with two phases
+            raise KeyboardInterrupt
+        return original(self, item, hooks)
+
+    monkeypatch.setattr(students.TrainStudent, "__call__", dying)
+    for machine in ("one", "other"):
+        storage = [f"runtime.storage=file://{tmp_path}/bucket", f"runtime.scratch={tmp_path / machine}"]
+        run = load(tmp_path, *THREE, *storage)
+        with pytest.raises(KeyboardInterrupt) if machine == "one" else contextlib.nullcontext():
+            go(run, "distill")
+    folder = tmp_path / "bucket" / run_folder(run).name
+    assert json.loads((folder / "plan.json").read_text())["decisions"] == plan_of(load(unbroken, *THREE))["decisions"]
+    assert sets_of(tmp_path / "bucket") == sets_of(unbroken) and len(names) == len(set(names)) == 16
 
 
 def test_a_trial_of_a_search_uses_the_same_gate(trained, tmp_path, monkeypatch):

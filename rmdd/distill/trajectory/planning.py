@@ -28,7 +28,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,6 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config import budget, recipes
-from rmdd.core.files import atomic_path, write_json
 from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.matching import Matched, Matcher
 from rmdd.experts.store import Store
@@ -284,14 +282,6 @@ def with_plan(run: config.Run, plan: Mapping[str, Any]) -> config.Run:
     for section, names in (("distill", ("phases", "path_start", "path_order")), ("evaluate", ("order",))):
         value[section] |= {name: plan[name] for name in names if name in plan}
     return config.Run.model_validate(value)
-
-
-def write_plan(folder: Path, run: config.Run, plan: Mapping[str, Any]) -> None:
-    """Write a plan to the folder of `run`; for `phases: auto`, also write `planned.yaml`, which lists the phases."""
-    if run.distill.plan.kind == "auto":
-        with atomic_path(folder / "planned.yaml") as temporary:
-            temporary.write_text(config.dump(with_explicit_phases(with_plan(run, plan))), encoding="utf-8")
-    write_json(folder / PLAN, plan)
 
 
 def with_explicit_phases(run: config.Run) -> config.Run:
