@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from rmdd import config
 from rmdd.artefact.assemble import assemble
 from rmdd.artefact.card import export
+from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.files import atomic_path, read_json
 from rmdd.core.layout import require_layout
 from rmdd.core.progress import Progress
@@ -24,7 +25,7 @@ from rmdd.distill.trajectory.planning import PLAN, with_plan
 from rmdd.execution.backend import Backend, hold_folders, open_backend
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit, SplitSource
-from rmdd.report.page import write_report
+from rmdd.report.page import headline, write_report
 from rmdd.report.sheets import draw_plan
 from rmdd.runs.gate import is_gated
 from rmdd.runs.items import TaskItem
@@ -42,6 +43,8 @@ class Result:
     """Folder of the distilled set."""
     report: Path
     """Path of the HTML report."""
+    headline: str
+    """One sentence that compares the set with random pairs and with all training pairs."""
     evaluation: dict[str, Any]
     """Scores and chosen settings, as stored in `evaluation.json`."""
     seconds: dict[str, float]
@@ -193,8 +196,8 @@ class Pipeline:
 
     def all(self) -> Result:
         """Run all steps; return the results of the run."""
-        page = self.report()
-        return Result(self.export(), page, self.evaluate(), self.all_seconds())
+        page, folder, evaluation = self.report(), self.export(), self.evaluate()
+        return Result(folder, page, headline(DistilledSet.load(folder), evaluation), evaluation, self.all_seconds())
 
     # -- for searches, comparisons and analyses --------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ def run_all_steps(pipeline: "Pipeline") -> Output:
     seconds = {"this_sitting": round(time.perf_counter() - began, 2), "steps": result.seconds}
     steps = ", ".join(f"{step} {value:.0f}" for step, value in result.seconds.items())
     lines = [
+        result.headline,
         results(result.evaluation),
         f"distilled set: {result.set}",
         f"page: {result.report}",
@@ -104,4 +105,5 @@ def run_all_steps(pipeline: "Pipeline") -> Output:
         f"seconds: {seconds['this_sitting']:.0f} in this call; per step, summed over all calls: {steps}",
     ]
     facts = {"set": str(result.set), "page": str(result.report), "table": result.evaluation["table"]}
+    facts |= {"headline": result.headline}
     return Output(facts | {"seconds": seconds}, lines)

@@ -62,7 +62,7 @@ def write_report(
         "name": name,
         "distilled": distilled,
         "evaluation": evaluation,
-        "headline": headline(name, distilled, evaluation),
+        "headline": headline(distilled, evaluation),
         "tiles": _tiles(distilled, evaluation, seconds),
         "groups": _result_groups(name, distilled, evaluation),
         "probes": _probes(name, distilled, evaluation),
@@ -98,9 +98,9 @@ def write_report(
         temporary.write_text(environment.from_string(source).render(facts), encoding="utf-8")
 
 
-def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
+def headline(distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
     """Return one sentence with the main result of a run. It compares test scores after the last training pass."""
-    table = evaluation["table"]
+    table, name = evaluation["table"], TITLES.get(distilled.method, distilled.method)
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
     pairs = evaluation["baseline"]["pairs"]
@@ -117,7 +117,8 @@ def headline(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> 
     bound = ""
     if full["mean"] > 0:
         bound = f", and {100 * ours['mean'] / full['mean']:.0f} % of the score of {all_pairs} ({full['mean']:.1f})"
-    return f"{distilled.num_pairs} pairs distilled by {name} {reach}: {against}{bound}."
+    memory = f", in the memory of {pairs}," if distilled.num_pairs > pairs else ""
+    return f"{distilled.num_pairs} pairs distilled by {name}{memory} {reach}: {against}{bound}."
 
 
 # -- formatted numbers and table rows -----------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def sweep(
 ) -> SweepResult:
     """Run the run file `source` with each mapping in `settings` and each combination of the values in `over`.
 
-    >>> rmdd.sweep("demo", {"distill.seed": [0, 1], "distill.method": ["lors", "ptm_st"]})  # doctest: +SKIP
+    >>> rmdd.sweep("demo", {"distill.seed": [0, 1], "distill.loss": ["infonce", "wbce"]})  # doctest: +SKIP
 
     A second call resumes the sweep. A failed run does not stop the others; `SweepResult.failed` lists the failures.
     """

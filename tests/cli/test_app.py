@@ -85,7 +85,8 @@ class Steps:
         table = {"random": {"val": recalls, "test_last": recalls}, "full": {"val": alone, "test_last": alone}}
         table["ptm_st"] = {"val": recalls, "test_last": recalls, "test_best_reference": recalls}
         evaluation = {"table": table, "spread": "over students"}
-        return rmdd.pipeline.Result(self.folder / "set", self.folder / "report.html", evaluation, {"distill": 3.0})
+        files = self.folder / "set", self.folder / "report.html"
+        return rmdd.pipeline.Result(*files, "49 pairs reach half of 98.", evaluation, {"distill": 3.0})
 
 
 def test_help_imports_neither_torch_nor_ray():
@@ -217,7 +218,7 @@ def test_check_writes_nothing_and_counts_pairs_and_cost(workdir):
 
 
 def test_check_refuses_phases_over_budget_and_unknown_towers(workdir):
-    over = rmdd_("check", "demo", *sets(*TINY, "distill.budget=8"))
+    over = rmdd_("check", "demo", *sets(*TINY, "distill.budget=3"))
     assert over.exit_code == 2 and "over by" in over.stderr
     tower = rmdd_("check", "demo", *sets("model.image.name=nfnet_10"))
     assert tower.exit_code == 2 and "nfnet_l0" in tower.stderr
@@ -252,6 +253,7 @@ def test_run_prints_the_table_and_the_paths_of_its_results(workdir, monkeypatch)
     expected = ("random pairs", "PTM-ST", "full data", "20.0 ± 1.5", "picked on test", "distilled set:", "page:")
     for words in (*expected, "seconds:"):
         assert words in done.stdout
+    assert done.stdout.startswith("49 pairs reach half of 98.\n")
     assert "output of a library" not in done.stdout and (workdir / "out").is_dir()
 
 
@@ -339,7 +341,7 @@ def test_relative_paths_are_made_absolute(workdir, monkeypatch):
 
 @pytest.mark.parametrize("command", ["run", "experts", "distill", "evaluate", "report"])
 def test_mistakes_are_reported_before_any_folder_is_created(workdir, command):
-    wrong = ("model.image.name=nfnet_10", "model.image.weights=absent.pth", "distill.budget=8")
+    wrong = ("model.image.name=nfnet_10", "model.image.weights=absent.pth", "distill.budget=3")
     done = rmdd_(command, "demo", *sets(*TINY, *wrong))
     assert done.exit_code == 2 and "2 mistake(s)" in done.stderr
     assert f"no weights file '{workdir / 'absent.pth'}'" in done.stderr and "over by" in done.stderr

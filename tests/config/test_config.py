@@ -366,6 +366,7 @@ def test_a_run_can_be_a_dict_key():
 
 def test_overrides_do_not_change_the_defaults_of_a_method():
     before = copy.deepcopy(methods.find("lors").defaults)
-    run = config.load("demo", ["distill.method=lors", "distill.phases.0.pairs=17", "distill.similarity.rank=2"])
+    lors = ["distill.method=lors", "distill.path_start=theta_0", "distill.path_lag=null", "distill.path_epochs=null"]
+    run = config.load("demo", [*lors, "distill.phases.0.pairs=17", "distill.similarity.rank=2"])
     assert run.distill.phases[0].pairs == 17 and run.distill.similarity.rank == 2
     assert methods.find("lors").defaults == before

@@ -63,11 +63,19 @@ TINY = [
 ]
 SCENES = "data.scenes={train: 60, val: 10, test: 10, size: 16}"
 HASHING = "model.text={name: hashing, width: 16, projection: linear}"
-MORE = {"search": ["search.trials=2"]}
+MORE = {"search": ["search.trials=2"], "phases": ["distill.budget=12"]}
 """`--set` values in addition to `TINY`, by command name."""
 
 
-COMPLETE = {"extends": "demo", "model": {"image": {"weights": "random:0"}}}
+COMPLETE = {
+    "extends": "demo",
+    "model": {"image": {"weights": "random:0"}},
+    "distill": {
+        "phases": [{"pairs": 40, "endpoint": 3}],
+        **{"path_start": "theta_0", "path_lag": None, "path_epochs": None},
+        **{"init": "real", "stored_size": None, "similarity": {"kind": "full"}, "loss": "wbce"},
+    },
+}
 """A run file that completes YAML blocks which show only some fields of a run file."""
 
 

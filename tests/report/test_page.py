@@ -270,10 +270,13 @@ def test_the_headline_depends_on_scores_and_spreads(tmp_path, ours, random, full
     evaluation = evaluation_of([40])
     for row, mean in zip(("ptm_st", "random", "full"), (ours, random, full), strict=True):
         evaluation["table"][row]["test_last"] = score(mean)
-    sentence = headline("PTM-ST", distilled, evaluation)
+    sentence = headline(distilled, evaluation)
     assert words.replace("50 %", f"{100 * (ours + 0.6) / (full + 0.6):.0f} %" if full > 0 else "") in sentence
-    unknown = headline("PTM-ST", replace(distilled, provenance={}), evaluation)
+    unknown = headline(replace(distilled, provenance={}), evaluation)
     assert "1,234" not in unknown
+    assert "in the memory of" not in sentence
+    evaluation["baseline"]["pairs"] = distilled.num_pairs - 1
+    assert f"PTM-ST, in the memory of {distilled.num_pairs - 1}, train" in headline(distilled, evaluation)
 
 
 def test_the_gallery_shows_pairs_of_all_subsets():
