@@ -1,9 +1,12 @@
 """The tiny run that many tests use: drawn scenes, a network with one block, and a few iterations."""
 
 import copy
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rmdd import config
 from rmdd.core.progress import Progress
@@ -59,3 +62,18 @@ def go(run: config.Run, step: str = "all") -> Any:
     """Execute a run, or only its pipeline step `step`."""
     with open_pipeline(run, QUIET) as pipeline:
         return getattr(pipeline, step)()
+
+
+def go_until_killed(run: config.Run, monkeypatch: pytest.MonkeyPatch, task: type, call: int, step: str = "all") -> None:
+    """Execute a run until the class `task` is called for the `call`-th time; this call ends the run as Ctrl-C does."""
+    original, count = task.__call__, itertools.count(1)
+
+    def dying(self: Any, item: Any, hooks: Any) -> Any:
+        if next(count) == call:
+            raise KeyboardInterrupt
+        return original(self, item, hooks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "__call__", dying)
+        with pytest.raises(KeyboardInterrupt):
+            go(run, step)

@@ -21,7 +21,7 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain(model: DualEncoder) -> DualEncoder:
-    """Return `model` with an ordinary ConvNet, computed layer by layer, in place of an optimised ConvNet."""
+    """Return a model with the parameters of `model` that runs a ConvNet layer by layer, without optimised code."""
     tower = model.image_tower
     if isinstance(tower, ConvNet):
         tower = _Plain(tower)

@@ -13,9 +13,13 @@ Without a lag, each phase is one segment, and the phases run one after the other
 sets are used, so the results do not depend on the number of workers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from rmdd import config
+from rmdd.core.tensors import Damaged, load_checked, save_checked
 
 
 def is_chained(rule: config.Distill) -> bool:
@@ -42,7 +46,7 @@ def segment_ends(rule: config.Distill, phase: int) -> list[int]:
 
 
 def sources(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]:
-    """Return the iterations of the sets of all earlier phases whose students `phase` starts its paths from.
+    """Return one iteration per earlier phase: the paths of `phase` start at students of the sets of these iterations.
 
     `iteration` is the number of updates that `phase` has made. The result is empty if paths start at theta_0.
     """
@@ -53,8 +57,21 @@ def sources(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]
 
 
 def path_start_file(folder: Path, expert: int, iterations: tuple[int, ...]) -> Path:
-    """Return the file in the folder of a phase with the student of one expert; see `sources` for `iterations`."""
+    """Return the file with the student of one expert, in the folder of a phase; `iterations` are its `sources`."""
     return folder / "path-starts" / f"expert-{expert:03d}" / f"{'-'.join(map(str, iterations))}.safetensors"
+
+
+def write_path_start(path: Path, params: Mapping[str, Tensor]) -> None:
+    """Write the parameters of a student from which a path starts."""
+    save_checked(path, params, "path start", {})
+
+
+def read_path_start(path: Path) -> dict[str, Tensor]:
+    """Read the parameters of a student from which a path starts. Raises `ValueError` if the file is damaged."""
+    try:
+        return load_checked(path, "path start")[0]
+    except Damaged as error:
+        raise ValueError(f"the path start {path} is damaged ({error}); delete it and run again") from error
 
 
 def _lag(rule: config.Distill) -> int:

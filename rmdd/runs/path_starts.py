@@ -5,9 +5,8 @@ from pathlib import Path
 
 from rmdd.core.device import device_of
 from rmdd.core.seeding import derive
-from rmdd.distill.chain import path_start_file
+from rmdd.distill.chain import path_start_file, write_path_start
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.matching import write_path_start
 from rmdd.evaluate.protocol import pairs_of_subset
 from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
 from rmdd.execution.tasks import Hooks, Interrupted
@@ -59,6 +58,6 @@ class TrainPathStart:
                         f"a student from which the paths of phase {phase} should start diverged: {error}; lower "
                         "distill.lr_lr or distill.inner_lr, or set distill.path_start: theta_0"
                     ) from error
-                write_path_start(file, model.trained(), item.value)
+                write_path_start(file, model.trained())
         hooks.report({"done": 1})
         return True

@@ -223,7 +223,7 @@ class Steps:
         return item
 
     def _decisions(self, item: TaskItem, splits: SplitSource) -> list[dict[str, Any]]:
-        """Distil the phases of a planned chain until one is dropped; return the decision about each phase."""
+        """Distil the phases of a planned chain one by one, up to the first that is dropped; return all decisions."""
         decisions: list[dict[str, Any]] = []
         self.begin_phases(item, splits)
         with self.timed("distill"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from tiny import go
+from tiny import go, go_until_killed
 
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
@@ -218,20 +218,9 @@ def test_a_chain_of_three_continues_with_two(unbroken):
 @pytest.mark.parametrize(("task", "calls"), [(DistillPhase, 2), (students.TrainStudent, 4), (MakePlan, 2)])
 def test_a_run_killed_at_a_gate_resumes_with_equal_bits(unbroken, trained, tmp_path, monkeypatch, task, calls):
     """Kill a run after its first gate, within its second one, and after a phase was dropped; then resume it."""
-    names, original, count = score_at_gates(monkeypatch, SCORES), task.__call__, 0
-
-    def dying(self, item, hooks):
-        nonlocal count
-        count += 1
-        if count == calls:
-            raise KeyboardInterrupt
-        return original(self, item, hooks)
-
+    names = score_at_gates(monkeypatch, SCORES)
     run = load(copied(trained, tmp_path / "runs"), *THREE)
-    with monkeypatch.context() as patched:
-        patched.setattr(task, "__call__", dying)
-        with pytest.raises(KeyboardInterrupt):
-            go(run, "distill")
+    go_until_killed(run, monkeypatch, task, calls, "distill")
     go(run, "distill")
     assert sets_of(tmp_path / "runs") == sets_of(unbroken)
     assert plan_of(run) == plan_of(load(unbroken, *THREE))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import RUN, changed, go, stored
+from tiny import RUN, changed, go, go_until_killed, stored
 
 from rmdd import config
 from rmdd.core.seeding import derive, generator
+from rmdd.distill.chain import read_path_start
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.matching import read_path_start
 from rmdd.experts.store import Store
 from rmdd.models.dual import build
 from rmdd.models.losses import wbce
@@ -87,20 +87,8 @@ def test_each_segment_has_path_starts_of_its_own_and_all_files_verify(whole, tmp
 @pytest.mark.parametrize("task", [DistillPhase, TrainPathStart])
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_a_run_killed_between_tasks_resumes_with_equal_bits(whole, tmp_path, monkeypatch, task, calls):
-    original, count = task.__call__, 0
-
-    def dying(self, item, hooks):
-        nonlocal count
-        count += 1
-        if count == calls:
-            raise KeyboardInterrupt
-        return original(self, item, hooks)
-
     run = config.load(stored(tmp_path, CHAIN))
-    with monkeypatch.context() as patched:
-        patched.setattr(task, "__call__", dying)
-        with pytest.raises(KeyboardInterrupt):
-            go(run)
+    go_until_killed(run, monkeypatch, task, calls)
     go(run)
     assert results(tmp_path) == results(whole)
 

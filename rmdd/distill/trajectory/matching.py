@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config
-from rmdd.core.tensors import Damaged, load_checked, save_checked
-from rmdd.distill.chain import path_start_file, sources
+from rmdd.distill.chain import path_start_file, read_path_start, sources
 from rmdd.distill.phases import Draw, Ranges, Window
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
@@ -51,19 +50,6 @@ class Matched(Protocol):
     def student_loss(self, model: DualEncoder, drawn: Draw) -> StudentLoss: ...
 
     def corrected(self, matched: MetaGradient, start: Params, target: Params) -> MetaGradient: ...
-
-
-def write_path_start(path: Path, params: Params, key: str) -> None:
-    """Write the parameters of a student from which a path starts; `key` is the hash of the run."""
-    save_checked(path, params, "path start", {"key": key})
-
-
-def read_path_start(path: Path) -> Params:
-    """Read the parameters of a student from which a path starts. Raises `ValueError` if the file is damaged."""
-    try:
-        return load_checked(path, "path start")[0]
-    except Damaged as error:
-        raise ValueError(f"the path start {path} is damaged ({error}); delete it and run again") from error
 
 
 class Matcher:
@@ -138,8 +124,8 @@ class Matcher:
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
             if self._endpoint is None:
-                start = read_path_start(path_start_file(self.folder, expert, self._sources)) if self._sources else None
-                self._paths[expert] = self.method.path(self.store, expert, self.phase, start)
+                files = [path_start_file(self.folder, expert, self._sources)] if self._sources else []
+                self._paths[expert] = self.method.path(self.store, expert, self.phase, *map(read_path_start, files))
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
             checkpoint = 4 * sum(math.prod(shape) for shape in self.store.shapes.values())  # size in bytes

@@ -6,12 +6,13 @@ import torch
 from toy import CPU, EPOCHS, PAIRS, assert_same_results, distil, encoder, made, run_of, store_of
 
 from rmdd import config
-from rmdd.distill.chain import path_start_file, segment_ends, sources
+from rmdd.distill.chain import path_start_file, segment_ends, sources, write_path_start
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
-from rmdd.distill.trajectory.matching import Matcher, write_path_start
+from rmdd.distill.trajectory.matching import Matcher
 from rmdd.methods import matching_method
+from rmdd.methods.ptm_st import PTMST
 
 PHASE = config.Phase(pairs=PAIRS, start=0, stop=2, endpoint=EPOCHS, iterations=7)
 
@@ -36,7 +37,7 @@ def write_starts(folder, run, phase, dtype=torch.float32):
     for iteration in range(run.distill.phases[phase].iterations):
         for expert in range(run.experts.num):
             iterations = sources(run.distill, phase, iteration)
-            write_path_start(path_start_file(folder, expert, iterations), student(expert, iterations, dtype), "key")
+            write_path_start(path_start_file(folder, expert, iterations), student(expert, iterations, dtype))
     return folder
 
 
@@ -82,7 +83,7 @@ def test_new_path_starts_change_the_updates_that_use_them_and_no_earlier_ones(st
     one, other = (write_starts(tmp_path / name, run, 1) for name in ("one", "other"))
     for expert in range(run.experts.num):
         moved = {n: p + 1 for n, p in student(expert, (6,)).items()}
-        write_path_start(path_start_file(other, expert, (6,)), moved, "key")
+        write_path_start(path_start_file(other, expert, (6,)), moved)
     for folder in (one, other):
         distil(run, store, folder, phase=1)
     files = [[folder / f"set-{i:06d}.safetensors" for i in (3, 6)] for folder in (one, other)]
@@ -124,6 +125,15 @@ def test_a_damaged_path_start_is_refused(store, tmp_path):
     matcher = Matcher(matching_method(run), 1, store, encoder(), CPU, tmp_path)
     with pytest.raises(ValueError, match=r"path start .* is damaged .*; delete it"):
         matcher.path(0)
+
+
+def test_a_method_whose_paths_cannot_be_chained_needs_no_path_start(store):
+    class Own(PTMST):
+        def path(self, store, expert, phase):
+            return super().path(store, expert, phase)
+
+    path = Matcher(Own(run_of()), 0, store, encoder(), CPU).path(0)
+    assert all(torch.equal(t, store.read(0, 0)[name]) for name, t in path.at(0).items())
 
 
 @pytest.mark.parametrize(
