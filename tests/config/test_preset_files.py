@@ -26,7 +26,7 @@ MOVED_TO_OPTIONS = {
 }
 """Former fields of `distill` that are now in `distill.options`: the former default, and the methods with the option."""
 
-EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl")
+EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl", "emoji_ptm_st_100")
 """Starts of the names of the presets whose `distill.estimator` is still exact; it is now first_order in all others."""
 
 ADDED = {

@@ -18,8 +18,8 @@ PTM_ST = [
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
 MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
-SMALL = {"emoji_ptm_st_100_small", "emoji_ptm_st_500_small"}
-PLANNED = {"emoji_ptm_st_auto_100", "emoji_ptm_st_auto_200"}
+PTM_ST_EMOJI = [f"emoji_ptm_st_{kind}" for kind in ("200", "500", "200_published", "500_published")]
+PLANNED = {f"emoji_ptm_st_auto_{n}" for n in (100, 200, 500)}
 
 # The columns are pairs (M), stop (T+), iterations, rank, alpha, batch (B), learning rate of images and texts, learning
 # rate of the similarity, branches, temperature.
@@ -86,7 +86,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *SMALL, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *PTM_ST_EMOJI, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS, *DRAWN, *CHAINED}
     assert set(NAMES) == known
 
@@ -243,14 +243,29 @@ def test_variants_differ_from_lors_where_they_should(name):
 
 @pytest.mark.parametrize("name", EMOJI)
 def test_emoji_presets_share_all_but_the_method(name):
-    run, base = load(name), load("emoji_ptm_st_100")
-    assert (run.data, run.experts, run.evaluate) == (base.data, base.experts, base.evaluate)
+    run, base = load(name), load("emoji_lors_100")
+    students = base.evaluate.model_copy(update={"epochs": 50} if name == "emoji_ptm_st_100" else {})
+    assert (run.data, run.experts, run.evaluate) == (base.data, base.experts, students)
     assert run.experts.keep == "all" and run.model.image.weights == "random:0"
     frozen = {"trainable": False, "projection": "block"}
     image = base.model.image.model_copy(update=frozen if name == "emoji_repblend_100" else {})
     assert run.model == base.model.model_copy(update={"image": image})
     if recipes.find(run.distill.method).family == "trajectory":
-        assert run.distill.estimator == ("exact" if name == "emoji_mtt_vl_100" else "first_order")
+        assert run.distill.estimator == ("exact" if name in ("emoji_mtt_vl_100", "emoji_ptm_st_100") else "first_order")
+
+
+@pytest.mark.parametrize("budget_", [200, 500])
+def test_ptm_st_on_emoji_has_equal_phases_and_a_published_twin_with_moving_starts_and_endpoints(budget_):
+    run, published = load(f"emoji_ptm_st_{budget_}"), load(f"emoji_ptm_st_{budget_}_published")
+    assert (run.distill.path_start, published.distill.path_start) == ("student", "theta_0")
+    assert (run.evaluate.order, published.evaluate.order) == ("union", "sequence")
+    first, *later = run.distill.phases
+    assert {(phase.start, phase.stop, phase.endpoint) for phase in later} == {(first.start, first.stop, first.endpoint)}
+    moving = published.distill.phases
+    assert [phase.start for phase in moving] == list(range(len(moving))) and moving[0] == first
+    assert [phase.endpoint for phase in moving] == [3, 5, 8][: len(moving)]
+    sizes = [(phase.pairs, phase.iterations) for phase in run.distill.phases]
+    assert sizes == [(phase.pairs, phase.iterations) for phase in moving]
 
 
 @pytest.mark.parametrize("name", NCFM)
