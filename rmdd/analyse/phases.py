@@ -6,7 +6,7 @@ For each of these, students learn every subset alone and all subsets in every or
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmdd import config, methods
@@ -17,7 +17,6 @@ from rmdd.config.order import Between, Order
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.chain import is_chained
-from rmdd.distill.sets import load_set
 from rmdd.evaluate import protocol
 from rmdd.evaluate.protocol import Job
 from rmdd.evaluate.students import TrainingPairs
@@ -27,6 +26,7 @@ from rmdd.execution.tasks import Failed
 from rmdd.experts.train import kept_epochs
 from rmdd.pipeline import Pipeline
 from rmdd.report.sheets import Sheet, write_csv
+from rmdd.runs.items import distilled_pairs
 from rmdd.runs.paths import candidates_of
 from rmdd.searches.sweeps import message_of, run_side_by_side
 from rmdd.searches.trial import SPLITS
@@ -141,9 +141,8 @@ class PhaseComparison:
 def _subsets(pipeline: Pipeline) -> list[TrainingPairs]:
     """Return the training pairs of each phase after its last update, with images at their stored size."""
     item = pipeline.planned()
-    last = enumerate(candidates_of(item.run)[-1])
-    sets = [load_set(item.paths.set(phase, iteration)) for phase, iteration in last]
-    return [protocol.pairs_of_subset(synthetic, item.run.stored_size) for synthetic in sets]
+    item = replace(item, iterations=candidates_of(item.run)[-1])
+    return distilled_pairs(item, pipeline.storage, item.run.stored_size)
 
 
 def _row(name: str, pipeline: Pipeline, training: TrainingOrder, subsets: list[TrainingPairs], passes: int) -> Row:

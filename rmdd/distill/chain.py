@@ -45,7 +45,7 @@ def segment_ends(rule: config.Distill, phase: int) -> list[int]:
     return sorted({updates_after(rule, phase, wave) for wave in range(waves(rule))} - {0})
 
 
-def sources(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]:
+def iterations_of_earlier_phases(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]:
     """Return one iteration per earlier phase: the paths of `phase` start at students of the sets of these iterations.
 
     `iteration` is the number of updates that `phase` has made. The result is empty if paths start at theta_0.
@@ -57,7 +57,10 @@ def sources(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]
 
 
 def path_start_file(folder: Path, expert: int, iterations: tuple[int, ...]) -> Path:
-    """Return the file with the student of one expert, in the folder of a phase; `iterations` are its `sources`."""
+    """Return the file, in the folder of a phase, with the student of one expert that learned the earlier phases.
+
+    `iterations` are the `iterations_of_earlier_phases` of which it learned the sets.
+    """
     return folder / "path-starts" / f"expert-{expert:03d}" / f"{'-'.join(map(str, iterations))}.safetensors"
 
 

@@ -21,8 +21,7 @@ from rmdd.data.inputs import input_path
 from rmdd.data.plan import make_plan
 from rmdd.data.shards import Dataset
 from rmdd.data.source import SampleSource
-from rmdd.distill.chain import is_chained, segment_ends
-from rmdd.distill.chain import sources as sources_of_paths
+from rmdd.distill.chain import is_chained, iterations_of_earlier_phases, segment_ends
 from rmdd.distill.loop import snapshot_iterations
 from rmdd.distill.trajectory.frozen import CHUNK
 from rmdd.evaluate.references import reference_of
@@ -289,7 +288,7 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
             step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
         total += plan.iterations * step
         if is_chained(run.distill) and p:
-            starts = {sources_of_paths(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
+            starts = {iterations_of_earlier_phases(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
             rule = training_of_path_starts(run)
             earlier = pairs_of_stages(rule.order, [q.pairs for q in run.distill.phases[:p]])
             passes = rule.epochs * _pairs_of_pass(rule, earlier)

@@ -11,7 +11,9 @@ from rmdd.core import tracking as track
 from rmdd.core.device import device_of
 from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
-from rmdd.evaluate.protocol import Job, check_split_is_open
+from rmdd.distill.sets import load_set
+from rmdd.evaluate.protocol import Job, check_split_is_open, pairs_of_subset
+from rmdd.evaluate.students import TrainingPairs
 from rmdd.execution.tasks import Hooks
 from rmdd.experts.feed import Stream
 from rmdd.experts.store import Store
@@ -68,6 +70,14 @@ def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
     """
     check_split_is_open(item.job, split)
     return item.source.open(split)
+
+
+def distilled_pairs(item: TaskItem, storage: Storage, size: int) -> list[TrainingPairs]:
+    """Return the training pairs of the sets at `item.iterations`, one per phase, with images of `size` pixels."""
+    files = [item.paths.set(p, iteration) for p, iteration in enumerate(item.iterations)]
+    for file in files:
+        storage.fetch(file)
+    return [pairs_of_subset(load_set(file), size) for file in files]
 
 
 def record(item: TaskItem) -> Path:

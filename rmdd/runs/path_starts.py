@@ -6,13 +6,18 @@ from pathlib import Path
 from rmdd.core.device import device_of
 from rmdd.core.seeding import derive
 from rmdd.distill.chain import path_start_file, write_path_start
-from rmdd.distill.sets import load_set
-from rmdd.evaluate.protocol import pairs_of_subset
 from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
 from rmdd.execution.tasks import Hooks, Interrupted
 from rmdd.experts.store import Store
 from rmdd.experts.train import expert_model
-from rmdd.runs.items import TaskItem, exclusive_folder, needed_after_training, prepared_split, with_local_paths
+from rmdd.runs.items import (
+    TaskItem,
+    distilled_pairs,
+    exclusive_folder,
+    needed_after_training,
+    prepared_split,
+    with_local_paths,
+)
 from rmdd.runs.paths import training_of_path_starts
 
 
@@ -34,11 +39,8 @@ class TrainPathStart:
             if not file.is_file():
                 storage.fetch(paths.store, needed_after_training)
                 storage.fetch(paths.data)
-                for p, iteration in enumerate(item.iterations):
-                    storage.fetch(paths.set(p, iteration))
-                sets = [load_set(paths.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
-                subsets = [pairs_of_subset(s, run.data.image_size) for s in sets]
                 train, size = prepared_split(item, "train"), run.data.image_size
+                subsets = distilled_pairs(item, storage, size)
                 model = expert_model(run.model, size, run.seed_of("experts"), item.number, train.texts.shape[1])
                 model.load_trained(Store.open(paths.store).read(item.number, 0))
                 model.temperature = run.student_temperature

@@ -164,8 +164,9 @@ class Steps:
         run, paths, backend = item.run, item.paths, self.backend
         phases = range(len(run.distill.phases))
         with self.timed("distill"):
-            for wave in range(chain.waves(run.distill)) if chain.is_chained(run.distill) else ():
-                self._distill_wave(item, wave)
+            if chain.is_chained(run.distill):
+                for wave in range(chain.waves(run.distill)):
+                    self._distill_wave(item, wave)
             todo = [p for p in phases if not is_finished(run, paths, p)]
             items = [replace(item, number=p) for p in todo]
             totals = {f"phase {p}": run.distill.phases[p].iterations for p in todo}
@@ -188,7 +189,7 @@ class Steps:
         phases, experts = range(len(rule.phases)), range(item.run.experts.num)
         work = {p: (chain.updates_after(rule, p, wave - 1), chain.updates_after(rule, p, wave)) for p in phases}
         todo = {p: done for p, (begun, done) in work.items() if done > begun and not paths.set(p, done).is_file()}
-        starts = {(p, e): chain.sources(rule, p, work[p][0]) for p in todo if p for e in experts}
+        starts = {(p, e): chain.iterations_of_earlier_phases(rule, p, work[p][0]) for p in todo if p for e in experts}
         missing = {
             f"phase {p}, expert {e}": replace(item, number=e, iterations=iterations)
             for (p, e), iterations in starts.items()

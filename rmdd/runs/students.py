@@ -6,14 +6,12 @@ from typing import Any
 
 from rmdd.core.device import device_of
 from rmdd.core.storage import Storage
-from rmdd.distill.sets import load_set
 from rmdd.evaluate import records
 from rmdd.evaluate.probes.of_run import StudentProbes
 from rmdd.evaluate.protocol import (
     RANDOM_KINDS,
     SELECTION_KINDS,
     StudentProtocol,
-    pairs_of_subset,
     random_pairs,
     score_expert,
     soft_pairs,
@@ -23,7 +21,7 @@ from rmdd.evaluate.retrieval import Ranks
 from rmdd.evaluate.training_pairs import read_pairs
 from rmdd.execution.tasks import Hooks
 from rmdd.models.dual import DualEncoder
-from rmdd.runs.items import TaskItem, prepared_split, record, trained_expert, with_local_paths
+from rmdd.runs.items import TaskItem, distilled_pairs, prepared_split, record, trained_expert, with_local_paths
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,7 @@ def _train_and_score(
     elif job.kind in RANDOM_KINDS:
         subsets = [random_pairs(protocol, prepared_split(item, "train"), job.index, job.lr)]
     else:
-        for p, iteration in enumerate(item.iterations):
-            storage.fetch(paths.set(p, iteration))
-        sets = [load_set(paths.set(p, iteration)) for p, iteration in enumerate(item.iterations)]
-        subsets = [pairs_of_subset(s, run.data.image_size) for s in sets]
+        subsets = distilled_pairs(item, storage, run.data.image_size)
     trained: list[DualEncoder] = []
 
     def finished(model: DualEncoder) -> None:

@@ -36,7 +36,7 @@ def simulated(iterations: list[int], lag: int) -> list[dict[int, tuple[int, int,
 def test_the_schedule_equals_a_simulation(iterations, lag):
     rule = rule_of(*iterations, lag=lag)
     if len(iterations) == 1:
-        assert chain.waves(rule) == 1 and chain.sources(rule, 0, 3) == ()
+        assert chain.waves(rule) == 1 and chain.iterations_of_earlier_phases(rule, 0, 3) == ()
         return
     waves = simulated(iterations, lag)
     assert chain.waves(rule) == len(waves)
@@ -49,7 +49,7 @@ def test_the_schedule_equals_a_simulation(iterations, lag):
                 assert (before, after) == work[p][:2]
                 ends[p].append(after)
                 for iteration in range(before, after):
-                    assert chain.sources(rule, p, iteration) == work[p][2]
+                    assert chain.iterations_of_earlier_phases(rule, p, iteration) == work[p][2]
     assert ends == {p: chain.segment_ends(rule, p) for p in ends}
 
 
@@ -61,13 +61,13 @@ def test_without_a_lag_a_phase_starts_when_the_earlier_ones_are_finished():
         [5, 8, 0],
         [5, 8, 3],
     ]
-    assert {chain.sources(rule, 2, i) for i in range(3)} == {(5, 8)}
+    assert {chain.iterations_of_earlier_phases(rule, 2, i) for i in range(3)} == {(5, 8)}
 
 
 def test_independent_phases_run_in_one_wave_and_have_no_sources():
     rule = rule_of(5, 8, start="theta_0")
     assert chain.waves(rule) == 1 and [chain.updates_after(rule, p, 0) for p in (0, 1)] == [5, 8]
-    assert all(chain.sources(rule, p, i) == () for p, i in itertools.product((0, 1), range(8)))
+    assert all(chain.iterations_of_earlier_phases(rule, p, i) == () for p, i in itertools.product((0, 1), range(8)))
 
 
 def test_a_lag_takes_the_time_of_one_phase_plus_the_lags():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmdd import config
-from rmdd.distill.chain import path_start_file, read_path_start, sources
+from rmdd.distill.chain import iterations_of_earlier_phases, path_start_file, read_path_start
 from rmdd.distill.phases import Draw, Ranges, Window
 from rmdd.distill.synthetic import Synthetic, enlarged
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
@@ -82,7 +82,7 @@ class Matcher:
         self.ranges: Ranges = dict(self.method.ranges(store, self.experts, phase))
         self._paths: dict[int, shortcut.Path] = {}
         self._endpoint: int | None = None
-        self.folder, self._sources = folder, sources(run.distill, phase, 0)
+        self.folder, self._earlier = folder, iterations_of_earlier_phases(run.distill, phase, 0)
 
     def _features_of_pairs(self, synthetic: Synthetic, drawn: Draw) -> Synthetic:
         assert self.frozen_tower is not None
@@ -124,7 +124,7 @@ class Matcher:
     def path(self, expert: int) -> shortcut.Path:
         if expert not in self._paths:
             if self._endpoint is None:
-                files = [path_start_file(self.folder, expert, self._sources)] if self._sources else []
+                files = [path_start_file(self.folder, expert, self._earlier)] if self._earlier else []
                 self._paths[expert] = self.method.path(self.store, expert, self.phase, *map(read_path_start, files))
             else:
                 self._paths[expert] = shortcut.open_path(self.store, expert, self.run.distill, self._endpoint)
@@ -142,9 +142,9 @@ class Matcher:
 
     def use_path_starts(self, iteration: int) -> None:
         """Start the paths of a chained phase where they start after `iteration` updates."""
-        now = sources(self.run.distill, self.phase, iteration)
-        if now != self._sources:
-            self._sources = now
+        now = iterations_of_earlier_phases(self.run.distill, self.phase, iteration)
+        if now != self._earlier:
+            self._earlier = now
             self._paths.clear()
 
     def use_path(self, expert: int, path: shortcut.Path) -> None:

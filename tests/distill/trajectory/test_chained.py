@@ -6,7 +6,7 @@ import torch
 from toy import CPU, EPOCHS, PAIRS, assert_same_results, distil, encoder, made, run_of, store_of
 
 from rmdd import config
-from rmdd.distill.chain import path_start_file, segment_ends, sources, write_path_start
+from rmdd.distill.chain import iterations_of_earlier_phases, path_start_file, segment_ends, write_path_start
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.loop import State
 from rmdd.distill.sets import load_set
@@ -36,7 +36,7 @@ def write_starts(folder, run, phase, dtype=torch.float32):
     """Write the students from which the paths of `phase` start, for every expert and segment."""
     for iteration in range(run.distill.phases[phase].iterations):
         for expert in range(run.experts.num):
-            iterations = sources(run.distill, phase, iteration)
+            iterations = iterations_of_earlier_phases(run.distill, phase, iteration)
             write_path_start(path_start_file(folder, expert, iterations), student(expert, iterations, dtype))
     return folder
 
@@ -48,7 +48,7 @@ def test_the_ends_of_a_chained_path_are_the_student_and_the_experts_epoch(store,
     matcher = Matcher(matching_method(run), 1, double.store, double.model, CPU, tmp_path)
     for iteration, expert in ((0, 0), (0, 1), (4, 1), (6, 0)):
         matcher.use_path_starts(iteration)
-        start = student(expert, sources(run.distill, 1, iteration), torch.float64)
+        start = student(expert, iterations_of_earlier_phases(run.distill, 1, iteration), torch.float64)
         path, end = matcher.path(expert), double.store.read(expert, EPOCHS)
         for name, steps in store.norms(expert).items():
             for epoch in range(EPOCHS + 1):
