@@ -35,7 +35,7 @@ MOVES = {
     """,
     "nothing": """
         data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
-        distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
+        distill.path_start distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
         distill.guard.retries distill.checkpoint_every evaluate.between
         evaluate.probes search.space search.trials search.base
         search.sampler search.pruner search.cost search.startup search.reduction search.concurrency
@@ -45,7 +45,7 @@ MOVES = {
         runtime.keep_parameters runtime.max_restarts runtime.time_limit runtime.stall_limit runtime.track
     """,
     "phases plan run": """
-        experts.num distill.trajectory distill.path_start distill.endpoint_rule
+        experts.num distill.trajectory distill.endpoint_rule
         distill.start_rule distill.estimator
         distill.precision distill.reuse_graphs distill.loss distill.temperature distill.similarity.kind
         distill.similarity.rank distill.similarity.alpha distill.similarity.diagonal distill.similarity.clamp

@@ -105,6 +105,9 @@ class Guard(Section):
 WORDS = ("auto", "adaptive")
 """Words that `distill.phases` accepts instead of a list."""
 
+OF_CHAIN = ("path_start", "path_lag", "path_epochs", "path_order")
+"""Fields of `Distill` that have an effect only if several phases are chained."""
+
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
 """Fields on which `Distill.reach` depends. If one is invalid, the last epoch that a phase needs is not checked."""
 
@@ -303,7 +306,13 @@ class Distill(Section):
                 "wait for it; remove distill.path_lag, or set distill.plan.chain: false"
             )
             mistakes.append(Clash(text, "distill.path_lag", "distill.phases", "plan.kind", "plan.chain"))
-        for name in ("path_lag", "path_epochs", "path_order"):
+        if self.path_order is not None and self.plans_chain and not self.phases:
+            text = (
+                "distill.path_order has no effect on planned phases, whose plan chooses it; remove distill.path_order, "
+                "or set distill.plan.chain: false"
+            )
+            mistakes.append(Clash(text, "distill.path_order", "distill.phases", "plan.kind", "plan.chain"))
+        for name in OF_CHAIN[1:]:
             if getattr(self, name) is not None and self.path_start == "theta_0" and not self.plans_chain:
                 text = f"distill.{name} needs paths that start at students; set distill.path_start: student"
                 mistakes.append(Clash(text, f"distill.{name}", "distill.path_start"))
@@ -326,8 +335,9 @@ class Distill(Section):
 
         The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
-        chain = ("path_start", "path_lag", "path_epochs", "path_order")
-        unused = chain if self.path_start == "theta_0" else ()  # so hashes are those of before these fields existed
+        single = len(self.phases) == 1 and (purpose == "phases" or not self.plan.plans)
+        # without a chain, hashes are those of before these fields existed
+        unused = OF_CHAIN if single or self.path_start == "theta_0" else ()
         if self.path_order is None:
             unused = (*unused, "path_order")
         if purpose == "run":

@@ -29,8 +29,7 @@ M = TypeVar("M", bound="BaseMethod")
 Need = Literal["experts", "features", "diffusion", "captioner"]
 
 TRAJECTORY_FIELDS = (
-    *("trajectory", "path_start", "path_lag", "path_epochs", "path_order", "endpoint_rule"),
-    *("start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
+    *("trajectory", "endpoint_rule", "start_rule", "estimator", "reuse_graphs", "steps", "match_epochs"),
     *("batch", "batches", "branches", "inner_dropout", "lr_similarity", "lr_lr"),
 )
 """Fields of `distill` that only trajectory-matching methods read."""
@@ -111,6 +110,9 @@ class BaseMethod:
         if rule.similarity.kind != "identity":
             text = f"distill.method {rule.method} learns no similarity; set distill.similarity.kind: identity"
             mistakes.append(Clash(text, "distill.method", "distill.similarity.kind"))
+        if rule.path_start != "theta_0":
+            text = f"distill.method {rule.method} matches no paths of experts; set distill.path_start: theta_0"
+            mistakes.append(Clash(text, "distill.method", "distill.path_start"))
         return mistakes
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -81,6 +82,13 @@ class Method(BaseMethod):
                 "distill.trajectory: shortcut and do not set distill.phases: adaptive"
             )
             mistakes.append(Clash(text, "distill.path_start", "distill.trajectory", "distill.phases", "plan.kind"))
+        chained = rule.path_start == "student" or rule.plans_chain
+        if chained and "path_start" not in inspect.signature(cls.path).parameters:
+            text = (
+                f"distill.method {rule.method} cannot chain phases, because its `path` has no argument `path_start`; "
+                "set distill.path_start: theta_0 and, for planned phases, distill.plan.chain: false"
+            )
+            mistakes.append(Clash(text, "distill.method", "distill.path_start", "distill.phases", "plan.chain"))
         if rule.inner_dropout == "fresh_mask" and runtime.keep_parameters == "recompute":
             text = (
                 "runtime.keep_parameters: recompute repeats steps of the first pass, but distill.inner_dropout: "

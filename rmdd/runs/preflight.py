@@ -11,6 +11,7 @@ from rmdd.core.files import read_json
 from rmdd.core.layout import check_layout
 from rmdd.core.storage import open_storage, run_folder
 from rmdd.data.shards import MANIFEST, Dataset
+from rmdd.distill.chain import is_chained
 from rmdd.distill.trajectory.planning import (
     PLAN,
     budget_error,
@@ -168,6 +169,8 @@ def _method_remarks(run: config.Run) -> list[str]:
     remarks = method.uncounted()
     if idle := method.idle():
         remarks.append(f"no effect with method {rule.method}: distill.{', '.join(idle)}")
+    if rule.path_start == "student" and not is_chained(rule):
+        remarks.append("distill.path_start: student has no effect, because the run has a single phase")
     return remarks
 
 

@@ -34,6 +34,7 @@ RUN = tiny.changed(
     distill={"phases": PHASES, "path_start": "student"},
     evaluate={"epochs": 3},
 )
+THETA_0 = ("--set", "distill.path_start=theta_0")
 TWO = f"distill.phases={json.dumps([PHASES[0]] * 2)}"
 ORDERS = ["first to last", "last to first", "cumulative", "union, zeros", "union, masked"]
 
@@ -197,12 +198,12 @@ def test_each_row_reports_its_best_number_of_passes(analysed):
 
 
 def test_rows_that_fail_are_reported_and_the_others_are_scored(tmp_path):
-    code, result, messages = analyse(tmp_path, "--set", "distill.budget=120", "--set", "distill.path_start=theta_0")
+    code, result, messages = analyse(tmp_path, "--set", "distill.budget=120", *THETA_0)
     assert code == 1 and "1 of 14 runs failed" in messages
     *scored, one = result["rows"]
     assert "wants" in one["error"] and all(row["student"] >= 0 for row in scored)
     words = ["--set", "evaluate.weight_decay=1e30", "--students", "1"]
-    code, result, messages = analyse(tmp_path, "--set", "distill.path_start=theta_0", *words)
+    code, result, messages = analyse(tmp_path, *THETA_0, *words)
     assert code == 1 and "14 of 14 runs failed" in messages
     assert all("diverged" in row["error"] and "student" not in row for row in result["rows"])
 
@@ -215,7 +216,7 @@ def test_rows_that_fail_are_reported_and_the_others_are_scored(tmp_path):
         (["--epochs", "0,3"], "--epochs 0 is not positive; give numbers such as 30,60"),
         (["--epochs", "3,x"], "--epochs 3,x: write whole numbers, such as 30,60,120"),
         (
-            ["--set", "distill.method=mdm", "--set", "distill.options.partners=same_expert", "--set", TWO],
+            ["--set", "distill.method=mdm", "--set", "distill.options.partners=same_expert", *THETA_0, "--set", TWO],
             "method mdm does not match trajectories",
         ),
     ],

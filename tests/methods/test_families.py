@@ -107,6 +107,7 @@ def test_a_tower_without_a_second_derivative_works_with_mdm_only():
     [
         ("mdm", {"init": "prototypes"}, "distill.init: prototypes is not available for mdm"),
         ("ncfm", {"init": "prototypes"}, "distill.init: prototypes is not available for ncfm"),
+        ("mdm", {"path_start": "student"}, "mdm matches no paths of experts; set distill.path_start: theta_0"),
         ("ncfm", {"precision": "bfloat16"}, "set distill.precision: float32"),
         ("covmatch", {"precision": "bfloat16"}, "set distill.precision: float32"),
         (

@@ -15,7 +15,7 @@ from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.storage import run_folder
 from rmdd.distill.guard import PhaseDiverged
-from rmdd.distill.trajectory.planning import with_plan
+from rmdd.distill.trajectory.planning import with_explicit_phases, with_plan
 from rmdd.execution.tasks import Hooks
 from rmdd.runs import students
 from rmdd.runs.gate import ORDERS
@@ -119,6 +119,16 @@ def test_a_run_keeps_its_hash_when_a_chain_is_planned(order):
         assert config.load(run.model_dump(), ["distill.path_start=student", other]).hash_of() != run.hash_of(), other
     with pytest.raises(config.ConfigError, match=r"remove distill.path_lag, or set distill.plan.chain: false"):
         config.load(CHAIN, ["distill.path_start=student", "distill.path_lag=2"])
+    with pytest.raises(config.ConfigError, match=r"path_order has no effect on planned phases.*; remove"):
+        config.load(CHAIN, ["distill.path_order=union"])
+
+
+@pytest.mark.parametrize("start", ["theta_0", "student"])
+def test_a_planned_chain_that_ends_as_one_phase_can_be_loaded_from_its_file(start):
+    run = config.load(CHAIN, ["distill.path_epochs=3", f"distill.path_start={start}"])
+    planned = with_plan(run, {"phases": [{"pairs": 4, "start": 0, "stop": 1, "endpoint": 1, "iterations": 3}]})
+    listed = config.load(with_explicit_phases(planned).model_dump(mode="json"))
+    assert (listed.distill.path_start, listed.distill.path_epochs) == ("theta_0", None)
 
 
 @pytest.fixture(scope="module")

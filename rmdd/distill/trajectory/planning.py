@@ -37,6 +37,7 @@ from torch import Tensor
 
 from rmdd import config
 from rmdd.config import budget, recipes
+from rmdd.distill.chain import is_chained
 from rmdd.distill.trajectory import statistics
 from rmdd.distill.trajectory.matching import Matched, Matcher
 from rmdd.experts.store import Store
@@ -285,8 +286,13 @@ def with_plan(run: config.Run, plan: Mapping[str, Any]) -> config.Run:
 
 
 def with_explicit_phases(run: config.Run) -> config.Run:
-    """Return a copy of `run` whose phases are marked as explicit instead of planned."""
-    return run.model_copy(update={"distill": run.distill.model_copy(update={"plan": config.Plan()})})
+    """Return a copy of `run` whose phases are marked as explicit instead of planned.
+
+    If the phases are not chained, the settings of chained phases are reset.
+    """
+    unchained = {} if is_chained(run.distill) else {"path_start": "theta_0", "path_epochs": None}
+    rule = run.distill.model_copy(update={"plan": config.Plan(), **unchained})
+    return run.model_copy(update={"distill": rule})
 
 
 def with_estimated_phases(run: config.Run, text_width: int) -> config.Run:

@@ -134,6 +134,10 @@ def test_a_method_whose_paths_cannot_be_chained_needs_no_path_start(store):
 
     path = Matcher(Own(run_of()), 0, store, encoder(), CPU).path(0)
     assert all(torch.equal(t, store.read(0, 0)[name]) for name, t in path.at(0).items())
+    for rule in (chained().distill, config.Distill(phases="auto")):
+        for method, clashes in ((PTMST, 0), (Own, 1)):
+            mistakes = method.clashes_of_family(rule, config.Experts(keep="all"), config.Runtime())
+            assert sum("cannot chain phases" in mistake for mistake in mistakes) == clashes
 
 
 @pytest.mark.parametrize(
