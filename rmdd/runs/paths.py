@@ -98,10 +98,12 @@ def paths_of(run: config.Run, dataset: Dataset) -> RunPaths:
     recipe["parts"] = [part.identity() for part in method.parts()]
     if is_chained(run.distill):  # paths start at students that are trained as the run says
         rule = training_of_path_starts(run)
-        students = run.hashed("evaluate", "learned") | {"epochs": rule.epochs}
-        if len(run.distill.phases) > 2:  # some of these students learn more than one subset
-            students |= {"order": rule.order, "between": rule.between}
-        recipe["students"] = {name: value for name, value in students.items() if name != "eval_every"}
+        students = run.hashed("evaluate", "learned")
+        students |= {"epochs": rule.epochs, "order": rule.order, "between": rule.between}
+        unused = {"eval_every", "seed", *rule.not_hashed("phases")}
+        if len(run.distill.phases) == 2:  # these students learn a single subset
+            unused |= {"order", "between", "schedule", "lr"}
+        recipe["students"] = {name: value for name, value in students.items() if name not in unused}
     distilled = {**trained, "num": run.experts.num, "distill": recipe}
     facts = {
         "budget": run.distill.budget,

@@ -56,6 +56,7 @@ def test_the_default_order_is_in_no_hash(purpose):
 TRAINED = {"run", "store", "phases", "baseline"}
 TWO_PHASES = {"distill": {"phases": [{"pairs": 20}, {"pairs": 20}]}, "evaluate": {"batch": 20}}
 CHAINED = {"path_start": "student", "phases": [{"pairs": 40}, {"pairs": 40}]}
+THREE_CHAINED = {**CHAINED, "phases": [{"pairs": 30}] * 3}
 WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
 
 
@@ -81,23 +82,21 @@ WINDOWED = {"experts": {"shuffle": {"kind": "windowed"}}}
         ({"distill": CHAINED}, {"evaluate": {"epochs": 3}}, TRAINED - {"store"}),
         ({"distill": {**CHAINED, "path_epochs": 4}}, {"evaluate": {"epochs": 3}}, {"run", "baseline"}),
         ({"distill": CHAINED}, {"evaluate": {"eval_every": 3}}, {"run"}),
+        ({"distill": CHAINED}, {"evaluate": {"seed": 3}}, {"run", "baseline"}),
+        ({"distill": CHAINED}, {"evaluate": {"schedule": "shared", "lr": "last"}}, {"run"}),
+        ({"distill": THREE_CHAINED}, {"evaluate": {"schedule": "shared"}}, {"run", "phases"}),
+        ({"distill": THREE_CHAINED}, {"evaluate": {"lr": "last"}}, {"run", "phases"}),
+        ({"distill": THREE_CHAINED}, {"evaluate": {"between": "masked"}}, set()),
+        ({}, {"distill": {"path_start": "student", "path_epochs": 3}}, set()),
         ({"distill": CHAINED}, {"evaluate": {"order": "union"}}, {"run", "baseline"}),
-        (
-            {"distill": {**CHAINED, "phases": [{"pairs": 30}] * 3}},
-            {"evaluate": {"order": "union"}},
-            TRAINED - {"store"},
-        ),
+        ({"distill": THREE_CHAINED}, {"evaluate": {"order": "union"}}, TRAINED - {"store"}),
         ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan"}),
         ({"distill": {"phases": "adaptive"}}, {"distill": {"plan": {"reach": 0.5}}}, {"run", "plan", "phases"}),
         ({"distill": {"phases": "auto"}}, {"distill": {"plan": {"chain": False}}}, {"run", "plan"}),
         ({"distill": {"phases": "auto", "trajectory": "original"}}, {"distill": {"plan": {"chain": False}}}, set()),
         ({"distill": {"phases": "adaptive"}}, {"distill": {"plan": {"chain": False}}}, set()),
         ({"distill": {"phases": "auto"}}, {"evaluate": {"order": "union"}}, set()),
-        (
-            {"distill": {**CHAINED, "phases": [{"pairs": 30}] * 3}},
-            {"distill": {"path_order": "union"}},
-            {"run", "phases", "plan"},
-        ),
+        ({"distill": THREE_CHAINED}, {"distill": {"path_order": "union"}}, {"run", "phases", "plan"}),
         ({"data": {"reencode": None}}, {"data": {"background": (0, 0, 0)}}, TRAINED),
         ({}, {"data": {"table": {"file": "x.csv"}}}, {"run"}),
     ],
