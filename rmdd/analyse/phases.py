@@ -124,7 +124,7 @@ class PhaseComparison:
             for kind, pipeline in pipelines.items():
                 subsets = [] if kind in errors else _subsets(pipeline)
                 for name, training in training_orders(len(pipeline.run.distill.phases)).items():
-                    if kind != ONE and table and training.subsets == (0,):
+                    if kind != ONE and training.subsets == (0,) and any(rows for _, rows, _ in table):
                         continue  # this subset has the same pairs in all controls with several phases
                     facts = {"row": kind if kind == ONE else f"{kind}: {name}", "phases": kind, "order": name}
                     tried = [_row(facts["row"], pipeline, training, subsets, n) for n in passes] if subsets else []

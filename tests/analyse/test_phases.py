@@ -208,6 +208,21 @@ def test_rows_that_fail_are_reported_and_the_others_are_scored(tmp_path):
     assert all("diverged" in row["error"] and "student" not in row for row in result["rows"])
 
 
+def test_the_first_phase_is_scored_even_if_the_chained_phases_fail(tmp_path, monkeypatch):
+    original = DistillPhase.__call__
+
+    def failing(self, item, hooks):
+        if self.wave is not None:
+            raise ValueError("chained phases fail here")
+        return original(self, item, hooks)
+
+    monkeypatch.setattr(DistillPhase, "__call__", failing)
+    code, result, _ = analyse(tmp_path, "--students", "1")
+    rows = {row["row"]: row for row in result["rows"]}
+    assert code == 1 and "fail here" in rows["chained: phase 0 alone"]["error"]
+    assert "student" in rows["independent: phase 0 alone"] and "same early phase: phase 0 alone" not in rows
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
