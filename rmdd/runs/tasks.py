@@ -104,7 +104,9 @@ class DistillPhase:
     """Number of the wave of a chained run, up to which the phase is distilled; None: the phase is finished."""
 
     def target(self, item: TaskItem) -> Path:
-        return item.paths.phase(item.number)
+        if self.wave is None:
+            return item.paths.phase(item.number)
+        return item.paths.set(item.number, updates_after(item.run.distill, item.number, self.wave))
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = with_local_paths(item)
@@ -240,7 +242,8 @@ class MakePlan:
     """Decisions of the gate so far, which are written to the plan."""
 
     def target(self, item: TaskItem) -> Path:
-        return item.paths.run / PLAN
+        """Return the path of the plan and `most`: planning again with fewer phases is other work for the same file."""
+        return item.paths.run / PLAN / str(self.most or "")
 
     def __call__(self, item: TaskItem, hooks: Hooks) -> bool:
         item, storage = with_local_paths(item)

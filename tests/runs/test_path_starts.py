@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import RUN, changed, go, go_until_killed, stored
+from tiny import QUIET, RUN, changed, go, go_until_killed, stored
 
+import rmdd
 from rmdd import config
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.chain import read_path_start
@@ -91,6 +92,11 @@ def test_a_run_killed_between_tasks_resumes_with_equal_bits(whole, tmp_path, mon
     run = config.load(stored(tmp_path, CHAIN))
     go_until_killed(run, monkeypatch, task, calls)
     go(run)
+    assert results(tmp_path) == results(whole)
+
+
+def test_a_sweep_distils_every_wave(whole, tmp_path):
+    assert not rmdd.sweep(stored(tmp_path, CHAIN), {"distill.path_lag": [4]}, progress=QUIET).failed
     assert results(tmp_path) == results(whole)
 
 
