@@ -9,7 +9,10 @@ from rmdd.distill.synthetic import Synthetic
 
 
 class PhaseDiverged(FloatingPointError):
-    """Raised when a phase diverged more often than `guard.retries` allows; its last good checkpoint is on disk."""
+    """Raised when a phase diverged more often than `guard.retries` allows, or a student from which its paths start.
+
+    The last good checkpoint of the phase is on disk. The first clause of the message, up to "; ", says what diverged.
+    """
 
     advice = ""
     """Hint that the command line appends to the message; empty, because the message already says how to continue."""

@@ -19,6 +19,7 @@ from rmdd import config
 from rmdd.config.order import Order
 from rmdd.core.files import atomic_path, read_json, write_json
 from rmdd.distill.chain import is_chained
+from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_plan
 from rmdd.evaluate.protocol import Job, best_by_val
 from rmdd.runs.items import TaskItem
@@ -70,9 +71,13 @@ def decision(
     return _decision(item, subsets, kept, reason) | {"order": order, "score": score, "val": val}
 
 
-def diverged(item: TaskItem, subsets: int, error: ArithmeticError) -> dict[str, Any]:
-    """Return the decision to drop the last of the first `subsets` phases, because it diverged."""
-    return _decision(item, subsets, False, f"phase {subsets - 1} is dropped, because it diverged: {error}")
+def diverged(item: TaskItem, subsets: int, error: PhaseDiverged) -> dict[str, Any]:
+    """Return the decision to drop the last of the first `subsets` phases, because it diverged.
+
+    The reason has only the first clause of the error: the others advise how to continue, and name files.
+    """
+    what = str(error).partition("; ")[0]
+    return _decision(item, subsets, False, f"phase {subsets - 1} is dropped, because it diverged: {what}")
 
 
 def _decision(item: TaskItem, subsets: int, kept: bool, reason: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rmdd.core.device import device_of
 from rmdd.core.seeding import derive
 from rmdd.distill.chain import path_start_file, write_path_start
+from rmdd.distill.guard import PhaseDiverged
 from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
 from rmdd.execution.tasks import Hooks, Interrupted
 from rmdd.experts.store import Store
@@ -56,7 +57,7 @@ class TrainPathStart:
                     model = model.to(device)
                     train_student(model, subsets, schedule, run.distill.loss, seed, item.number, after_pass)
                 except Diverged as error:
-                    raise ArithmeticError(
+                    raise PhaseDiverged(
                         f"a student from which the paths of phase {phase} should start diverged: {error}; lower "
                         "distill.lr_lr or distill.inner_lr, or set distill.path_start: theta_0"
                     ) from error

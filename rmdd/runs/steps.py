@@ -20,6 +20,7 @@ from rmdd.data.captions import SplitCaptions
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import chain
+from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan
 from rmdd.evaluate import protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
@@ -215,6 +216,7 @@ class Steps:
             if not last["kept"]:
                 task = MakePlan(most=last["subsets"] - 1, decisions=tuple(decisions))
                 item = self.plan(unplanned, dataset, task)
+                assert len(item.run.distill.phases) < phases, "a plan without the dropped phase has fewer phases"
                 continue
             decided = plan | {"order": last["order"], "decisions": decisions}
             if decided != plan:
@@ -231,7 +233,7 @@ class Steps:
             for p in range(len(item.run.distill.phases)):
                 try:
                     self._distill_wave(item, p)
-                except ArithmeticError as error:
+                except PhaseDiverged as error:
                     if p == 0:
                         raise
                     decisions.append(gate.diverged(item, p + 1, error))

@@ -11,13 +11,15 @@ import pytest
 import tiny
 from tiny import go, go_until_killed
 
+import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
 from rmdd.core.storage import run_folder
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import with_explicit_phases, with_plan
+from rmdd.evaluate.students import Diverged
 from rmdd.execution.tasks import Hooks
-from rmdd.runs import students
+from rmdd.runs import path_starts, students
 from rmdd.runs.gate import ORDERS
 from rmdd.runs.preflight import examine
 from rmdd.runs.tasks import DistillPhase, MakePlan
@@ -170,28 +172,46 @@ def test_a_finished_run_trains_nothing_again(kept, monkeypatch):
     assert names == [] and stamps() == before
 
 
-@pytest.mark.parametrize("diverges", [False, True])
+def fail_in_phase_1(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    original = DistillPhase.__call__
+
+    def failing(self, item, hooks):
+        if item.number == 1:
+            raise error
+        return original(self, item, hooks)
+
+    monkeypatch.setattr(DistillPhase, "__call__", failing)
+
+
+def diverging(*arguments):
+    raise Diverged("student 0: loss nan")
+
+
+@pytest.mark.parametrize("diverges", [None, "phase", "path start"])
 def test_a_phase_that_does_not_help_gives_its_pairs_and_updates_to_the_others(trained, tmp_path, monkeypatch, diverges):
     score_at_gates(monkeypatch, RISING if diverges else FLAT)
-    if diverges:
-        original = DistillPhase.__call__
-
-        def diverging(self, item, hooks):
-            if item.number == 1:
-                raise PhaseDiverged("phase 1, iteration 2: the loss is nan")
-            return original(self, item, hooks)
-
-        monkeypatch.setattr(DistillPhase, "__call__", diverging)
+    if diverges == "phase":
+        message = "phase 1, iteration 2: the loss is nan; 3 rollbacks did not help. /runs/good.safetensors holds one"
+        fail_in_phase_1(monkeypatch, PhaseDiverged(message))
+    if diverges == "path start":
+        monkeypatch.setattr(path_starts, "train_student", diverging)
     run, one = load(copied(trained, tmp_path / "runs")), load(copied(trained, tmp_path / "one"), *ONE)
     go(run, "distill")
     go(one, "distill")
     plan, alone = plan_of(run), plan_of(one)
     decisions = plan.pop("decisions")
-    assert plan.pop("reasons")[1:] == alone.pop("reasons")[1:]
+    reasons, alone_reasons = plan.pop("reasons"), alone.pop("reasons")
+    assert reasons[1:] == alone_reasons[1:]
     assert plan == alone, "the plan is that of a single phase"
     assert [(d["phases"], d["subsets"], d["kept"]) for d in decisions] == [(2, 1, True), (2, 2, False)]
-    words = "it diverged: phase 1, iteration 2" if diverges else "not above the 10.00 without it"
-    assert words in decisions[1]["reason"] and decisions[1]["reason"].startswith("phase 1 is dropped")
+    last_words = {
+        None: "not above the 10.00 without it",
+        "phase": "it diverged: phase 1, iteration 2: the loss is nan",
+        "path start": "the paths of phase 1 should start diverged: student 0: loss nan",
+    }
+    assert decisions[1]["reason"].endswith(last_words[diverges])
+    assert decisions[1]["reason"].startswith("phase 1 is dropped")
+    assert "the gate allowed at most 1" in reasons[0] and "gate" not in alone_reasons[0]
     assert run_folder(run) == run_folder(load(tmp_path / "runs"))
     last = {Path(name).name: data for name, data in sets_of(tmp_path / "one").items()}
     assert last.keys() == {"set-000006.safetensors"}
@@ -202,6 +222,13 @@ def test_a_phase_that_does_not_help_gives_its_pairs_and_updates_to_the_others(tr
     assert len(examine(run)["phases"]) == 1 and examine(run)["phases"][0]["done"]
     listed = config.load(run_folder(run) / "planned.yaml")
     assert len(listed.distill.phases) == 1 and listed.distill.path_start == "theta_0"
+
+
+def test_an_error_that_is_no_divergence_stops_the_run(trained, tmp_path, monkeypatch):
+    score_at_gates(monkeypatch, RISING)
+    fail_in_phase_1(monkeypatch, ZeroDivisionError("float division by zero"))
+    with pytest.raises(ZeroDivisionError):
+        go(load(copied(trained, tmp_path / "runs")), "distill")
 
 
 SCORES = {"1of3": 10.0, "2of3": 12.0, "3of3": 11.0, "1of2": 10.5, "2of2-cumulative": 12.5, "2of2-union": 12.0}
@@ -256,6 +283,14 @@ def test_another_machine_continues_after_a_gate_in_the_cloud(unbroken, tmp_path,
     folder = tmp_path / "bucket" / run_folder(run).name
     assert json.loads((folder / "plan.json").read_text())["decisions"] == plan_of(load(unbroken, *THREE))["decisions"]
     assert sets_of(tmp_path / "bucket") == sets_of(unbroken) and len(names) == len(set(names)) == 16
+
+
+def test_a_run_of_a_sweep_uses_the_same_gate(unbroken, trained, tmp_path, monkeypatch):
+    score_at_gates(monkeypatch, SCORES)
+    raw = tiny.stored(copied(trained, tmp_path / "runs"), CHAIN)
+    assert not rmdd.sweep(raw, {"distill.plan.max_phases": [3]}, THREE[:1], progress=tiny.QUIET).failed
+    run, alone = load(tmp_path / "runs", *THREE), load(unbroken, *THREE)
+    assert plan_of(run) == plan_of(alone) and sets_of(tmp_path / "runs") == sets_of(unbroken)
 
 
 def test_a_trial_of_a_search_uses_the_same_gate(trained, tmp_path, monkeypatch):

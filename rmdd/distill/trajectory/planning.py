@@ -167,15 +167,15 @@ def make_plan(
 ) -> dict[str, Any]:
     """Plan the phases of a run; return the phases as JSON values, with the measurements and the reasons in words.
 
-    `most` is the largest number of phases if it is below `max_phases`.
+    `most` is the largest number of phases that the gate allows; None: `max_phases`.
     """
     run = method.run
     began, rule, plan = time.perf_counter(), run.distill, run.distill.plan
     measured = measure(plan, store, run.experts.num)
     ends = endpoints(rule, measured)
     num_endpoints = len(ends)
-    most = min(plan.max_phases, most or plan.max_phases) if rule.plans_chain else num_endpoints
-    pairs = sizes(run, train.texts.shape[1], most)
+    at_most = min(plan.max_phases, most or plan.max_phases) if rule.plans_chain else num_endpoints
+    pairs = sizes(run, train.texts.shape[1], at_most)
     chained = rule.plans_chain and len(pairs) > 1
     ends = ends[:1] if chained else ends[: len(pairs)]
     probes: list[statistics.Probe] = []
@@ -196,6 +196,7 @@ def make_plan(
     share = measured.share
     few_ends = num_endpoints < plan.max_phases and not rule.plans_chain
     fewer = f"; only {num_endpoints} epochs have the wanted share of the gain" if few_ends else ""
+    fewer += f"; the gate allowed at most {most}" if most else ""
     reasons = [
         f"{len(phases)} of at most {plan.max_phases} phases: {'+'.join(map(str, pairs))} pairs fit the budget of "
         f"{rule.budget}, with {'+'.join(map(str, updates))} updates; a phase needs at least {plan.min_pairs} pairs and "
