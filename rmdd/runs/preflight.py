@@ -164,13 +164,19 @@ def _memory(
 
 
 def _method_remarks(run: config.Run) -> list[str]:
-    """Return remarks on the run's method: costs that the estimate leaves out, and fields that have no effect."""
+    """Return remarks on the run's method: costs that the estimate leaves out, fields and pruners without effect."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
     if idle := method.idle():
         remarks.append(f"no effect with method {rule.method}: distill.{', '.join(idle)}")
     if rule.path_start == "student" and not is_chained(rule):
         remarks.append("distill.path_start: student has no effect, because the run has a single phase")
+    if run.search.pruner != "none" and (is_chained(rule) or not method.iterates):
+        remarks.append(
+            f"search.pruner: {run.search.pruner} saves no updates, because a trial "
+            f"{'of chained phases' if is_chained(rule) else f'with method {rule.method}'} distils all snapshots before "
+            "the first one is scored"
+        )
     return remarks
 
 
