@@ -20,6 +20,7 @@ from rmdd.coresets import subset as coreset
 from rmdd.coresets.subset import Coreset
 from rmdd.distill.trajectory.planning import PLAN, with_explicit_phases, with_plan
 from rmdd.models.text import encoder_identity, text_width
+from rmdd.runs.gate import is_decided
 
 Kind = Literal["set", "subset", "random", "full"]
 
@@ -285,14 +286,17 @@ def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float]
 
 
 def with_planned_phases(run: config.Run, where: str) -> config.Run:
-    """Return a copy of `run` that lists the phases of its plan. Raises `ConfigError` if the run has no plan yet.
+    """Return a copy of `run` that lists the phases of its plan.
 
-    The sizes of the phases decide for how many updates students of random pairs are trained.
+    Raises `ConfigError` if the run has no plan yet, or if phases of its plan may still be dropped. The sizes of
+    the phases decide for how many updates students of random pairs are trained.
     """
     if not run.distill.plan.plans:
         return run
     file = run_folder(run) / PLAN
-    if not file.is_file():
-        mistake = "the run has no planned phases yet; run it first, or give a CONFIG that lists the phases"
+    plan = read_json(file) if file.is_file() else None
+    if plan is None or not is_decided(plan):
+        found = "planned phases that may still be dropped" if plan else "no planned phases yet"
+        mistake = f"the run has {found}; run it first, or give a CONFIG that lists the phases"
         raise config.ConfigError([mistake], where)
-    return with_explicit_phases(with_plan(run, read_json(file)))
+    return with_explicit_phases(with_plan(run, plan))

@@ -34,6 +34,13 @@ def is_gated(rule: config.Distill) -> bool:
     return rule.plans_chain and is_chained(rule)
 
 
+def is_decided(plan: Mapping[str, Any]) -> bool:
+    """Return whether no phase of a plan will be dropped: phases are independent, or the gate has kept each of them."""
+    phases = len(plan["phases"])
+    kept = [d for d in plan.get("decisions", []) if d["kept"] and d["phases"] == phases]
+    return "path_start" not in plan or len(kept) == phases
+
+
 def orders_at_gate(subsets: int) -> tuple[Order, ...]:
     """Return the orders that are compared for this number of subsets; for a single subset, all orders are equal."""
     return ORDERS if subsets > 1 else ORDERS[:1]

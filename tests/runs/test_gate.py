@@ -14,6 +14,7 @@ from tiny import go, go_until_killed
 import rmdd
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet
+from rmdd.comparisons.compare import prepare_comparison
 from rmdd.core.storage import run_folder
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import with_explicit_phases, with_plan
@@ -231,6 +232,16 @@ def test_an_error_that_is_no_divergence_stops_the_run(trained, tmp_path, monkeyp
         go(load(copied(trained, tmp_path / "runs")), "distill")
 
 
+def test_a_comparison_waits_until_the_gate_has_decided(trained, tmp_path, monkeypatch):
+    score_at_gates(monkeypatch, RISING)
+    run = load(copied(trained, tmp_path / "runs"))
+    go_until_killed(run, monkeypatch, DistillPhase, 2, "distill")
+    with pytest.raises(config.ConfigError, match="phases that may still be dropped; run it first"):
+        prepare_comparison(["random"], run, [])
+    go(run, "distill")
+    assert prepare_comparison(["random"], run, []).run.evaluate.order == plan_of(run)["order"]
+
+
 SCORES = {"1of3": 10.0, "2of3": 12.0, "3of3": 11.0, "1of2": 10.5, "2of2-cumulative": 12.5, "2of2-union": 12.0}
 
 
@@ -312,4 +323,6 @@ def test_a_check_counts_the_students_at_the_gates_and_needs_no_experts(tmp_path)
     chain, other = (facts[name]["time"]["operations"] for name in ("chain", "other"))
     assert chain["evaluate"] > other["evaluate"] and chain["distill"] > other["distill"], "path starts are counted too"
     assert any("a phase that does not raise the val score is dropped" in r for r in facts["chain"]["remarks"])
+    pruned = [examine(load(tmp_path, "distill.snapshots=2", "search.pruner=asha", *sets)) for sets in ((), ONE[:1])]
+    assert ["saves no updates" in " ".join(facts["remarks"]) for facts in pruned] == [True, False]
     assert not list(tmp_path.iterdir())
