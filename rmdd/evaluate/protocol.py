@@ -240,7 +240,7 @@ def train_and_score(
     def after_pass(stage: int, passes: int) -> None:
         on_pass()
         last = stage == last_stage and passes == schedule.epochs
-        point: dict[str, Any] = {"subset": stage, "passes": passes}
+        point: dict[str, Any] = {"subset": stage, "passes": passes}  # stored records call a stage "subset"
         if reference is not None and passes in reference.points:
             curve.append(point | {"test": score(model, scored_on, device, rule.chunk).as_dict()})
         elif job.kind == "student" and (last or passes % rule.eval_every == 0):

@@ -64,21 +64,21 @@ def joined(subsets: Sequence[TrainingPairs], between: str) -> TrainingPairs:
 
 @dataclass(frozen=True)
 class StudentSchedule:
-    """The training schedule of a student on the subsets of a distilled set; "subset" below means a whole stage."""
+    """The training schedule of a student that learns the subsets of a distilled set in stages (see `order`)."""
 
     epochs: int
-    """Number of passes over each subset."""
+    """Number of passes over the pairs of each stage."""
     batch: int
     momentum: float
     weight_decay: float
     drop_after: int | None
-    """Number of passes over a subset after which learning rates are multiplied by `drop`; None: never."""
+    """Number of passes of a stage after which learning rates are multiplied by `drop`; None: never."""
     drop: float = 0.1
     """Factor by which learning rates are multiplied after `drop_after` passes."""
     chain: bool = False
-    """True: all subsets share one optimiser with its momentum, and the learning rates drop only in the first subset."""
+    """True: all stages share one optimiser with its momentum, and the learning rates drop only in the first stage."""
     rates: Literal["own", "last"] = "own"
-    """own: each subset is trained with its own learned learning rates; last: all use the rates of the last subset."""
+    """own: each stage uses the learned learning rates of its subsets; last: all stages use those of the last subset."""
     text_rate: Literal["own", "image"] = "own"
     """own: the text head has its own learning rate; image: the text head uses the learning rate of the image tower."""
     batches: Literal["drawn", "cut", "cut_full"] = "drawn"
@@ -202,7 +202,7 @@ def train_student(
 
 
 def batches(pairs: int, schedule: StudentSchedule, random: torch.Generator) -> list[Int[Tensor, " b"]]:
-    """Return the pair indices of each batch of one pass; a subset smaller than a batch forms one batch."""
+    """Return the pair indices of each batch of one pass; fewer pairs than a batch form one batch."""
     if schedule.batches == "drawn":
         return [torch.randperm(pairs, generator=random)[: schedule.batch] for _ in range(-(-pairs // schedule.batch))]
     cut = torch.randperm(pairs, generator=random).split(schedule.batch)
@@ -224,7 +224,7 @@ def _loss(
     return torch.stack(losses).sum() / len(subset_of)
 
 
-def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, subset: str) -> torch.optim.SGD:
+def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedule, stage: str) -> torch.optim.SGD:
     by_tower = {"image": rates.lr_image, "text": rates.lr_image if schedule.text_rate == "image" else rates.lr_text}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = []
@@ -232,7 +232,7 @@ def _optimiser(model: DualEncoder, rates: TrainingPairs, schedule: StudentSchedu
         lr, params = by_tower[tower], [p for n, p in named if tower_of(n) == tower]
         if params and not lr > 0:
             raise Diverged(
-                f"the learned {tower} learning rate of subset {subset} is {lr:.4g}, but it must be positive; set "
+                f"the learned {tower} learning rate of subset {stage} is {lr:.4g}, but it must be positive; set "
                 "distill.min_inner_lr and lower distill.lr_lr"
             )
         groups += [{"params": params, "lr": lr}] if params else []

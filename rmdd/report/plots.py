@@ -137,7 +137,10 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next stage."""
+    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next stage.
+
+    The field `subset` of a point is the number of the stage.
+    """
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):
         for i, curve in enumerate(curves):
