@@ -56,6 +56,8 @@ class TrainPathStart:
                 try:
                     model = model.to(device)
                     train_student(model, subsets, schedule, run.distill.loss, seed, item.number, after_pass)
+                except Interrupted:
+                    return False
                 except Diverged as error:
                     raise PhaseDiverged(
                         f"a student from which the paths of phase {phase} should start diverged: {error}; lower "

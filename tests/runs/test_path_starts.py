@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rmdd import config
 from rmdd.core.seeding import derive, generator
 from rmdd.distill.chain import read_path_start
 from rmdd.distill.sets import load_set
+from rmdd.execution.tasks import Hooks
 from rmdd.experts.store import Store
 from rmdd.models.dual import build
 from rmdd.models.losses import wbce
@@ -98,6 +100,16 @@ def test_a_run_killed_between_tasks_resumes_with_equal_bits(whole, tmp_path, mon
 def test_a_sweep_distils_every_wave(whole, tmp_path):
     assert not rmdd.sweep(stored(tmp_path, CHAIN), {"distill.path_lag": [4]}, progress=QUIET).failed
     assert results(tmp_path) == results(whole)
+
+
+def test_a_stopped_task_returns_false_and_a_second_call_writes_the_same_file(whole, tmp_path):
+    run = config.load(stored(shutil.copytree(whole, tmp_path / "copy"), CHAIN))
+    with open_pipeline(run) as pipeline:
+        item, task = replace(pipeline.item(), iterations=(4,)), TrainPathStart()
+        bits = task.target(item).read_bytes()
+        task.target(item).unlink()
+        assert task(item, Hooks(should_stop=lambda: True)) is False and not task.target(item).is_file()
+        assert task(item, Hooks()) and task.target(item).read_bytes() == bits
 
 
 def test_a_single_phase_has_the_bits_of_a_run_without_a_chain(tmp_path):
