@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmdd import config, methods
 from rmdd.core.device import device_of
+from rmdd.distill.chain import is_chained
 from rmdd.distill.loop import State, outer_step
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.matching import Matcher
@@ -94,6 +95,11 @@ def of_run(pipeline: Pipeline, phase: int, iterations: int, every: int) -> list[
     run = pipeline.plan()
     if not 0 <= phase < len(run.distill.phases):
         raise ValueError(f"unknown phase {phase}; give a phase from 0 to {len(run.distill.phases) - 1}")
+    if phase and is_chained(run.distill):
+        raise ValueError(
+            f"the paths of phase {phase} start at students of earlier phases, which are not trained here; give phase "
+            "0, or set distill.path_start: theta_0"
+        )
     if every < 1 or iterations < 1:
         raise ValueError(f"iterations is {iterations} and every is {every}; both must be at least 1")
     store = pipeline.experts()

@@ -70,7 +70,12 @@ def write_path_start(path: Path, params: Mapping[str, Tensor]) -> None:
 
 
 def read_path_start(path: Path) -> dict[str, Tensor]:
-    """Read the parameters of a student from which a path starts. Raises `ValueError` if the file is damaged."""
+    """Read the parameters of a student from which a path starts.
+
+    Raises `ValueError` if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"the path start {path} is missing; run again to train this student")
     try:
         return load_checked(path, "path start")[0]
     except Damaged as error:

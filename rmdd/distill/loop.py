@@ -223,9 +223,9 @@ def run_phase(
         state = good
     cut_jsonl(log, "iteration", state.iteration if state else 0)
     cut_jsonl(rollbacks, "halvings", state.halvings if state else 0)
-    last_set = folder / f"set-{total:06d}.safetensors"
+    last_set = folder / f"set-{until:06d}.safetensors"
     if state and state.iteration >= until:
-        if state.iteration == total and not last_set.is_file():
+        if state.iteration == until and not last_set.is_file():
             save_set(exported(state.average), last_set)
         return True
     stepper = open_stepper(first_state.raw)

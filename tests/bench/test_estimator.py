@@ -3,13 +3,16 @@
 import math
 
 import pytest
+import tiny
 import torch
 from toy import CPU, encoder, first_set, run_of
 
-from rmdd.bench.estimator import compare_estimators, cosine, norm_ratio, summary
+from rmdd import config
+from rmdd.bench.estimator import compare_estimators, cosine, norm_ratio, of_run, summary
 from rmdd.distill.loop import State, outer_step
 from rmdd.distill.trajectory.matching import Matcher
 from rmdd.methods import matching_method
+from rmdd.pipeline import open_pipeline
 
 
 def test_rows_equal_a_comparison_by_hand(store):
@@ -38,6 +41,15 @@ def test_with_one_inner_step_both_estimators_agree(store):
 def test_a_diverging_loop_ends_with_a_stopped_row(store):
     rows = compare_estimators(run_of(lr_lr=1e6, steps=3), 0, store, encoder(), first_set(), CPU, iterations=60, every=1)
     assert "not finite" in rows[-1]["stopped"] and len(rows) < 60
+
+
+def test_a_later_phase_of_a_chain_is_refused(tmp_path):
+    phases = 2 * tiny.RUN["distill"]["phases"]
+    raw = tiny.changed(distill={"phases": phases, "path_start": "student"})
+    with open_pipeline(config.load(tiny.stored(tmp_path, raw)), tiny.QUIET) as pipeline:
+        with pytest.raises(ValueError, match=r"phase 1 start at students .*; give phase 0, or set"):
+            of_run(pipeline, 1, 1, 1)
+        assert len(of_run(pipeline, 0, 1, 1)) == 1
 
 
 def test_cosine_and_ratio_of_known_vectors():

@@ -74,7 +74,8 @@ def test_a_phase_in_segments_has_the_bits_of_a_phase_in_one_go(store, tmp_path):
     for end in segment_ends(run.distill, 1):
         assert distil(run, store, cut, phase=1, until=end)
         assert State.load(cut / "state.safetensors", "key").iteration == end
-        assert (cut / f"set-{end:06d}.safetensors").is_file()
+        (cut / f"set-{end:06d}.safetensors").unlink()
+        assert distil(run, store, cut, phase=1, until=end), "a lost set at the end of a segment is written again"
     assert_same_results(cut, whole)
 
 
@@ -118,12 +119,15 @@ def test_a_rollback_keeps_the_sets_that_other_phases_have_used(store, tmp_path):
     assert (tmp_path / "set-000003.safetensors").read_bytes() == kept
 
 
-def test_a_damaged_path_start_is_refused(store, tmp_path):
+def test_a_damaged_or_missing_path_start_is_refused(store, tmp_path):
     run = chained()
     file = path_start_file(write_starts(tmp_path, run, 1), 0, (3,))
     file.write_bytes(file.read_bytes()[:-8])
     matcher = Matcher(matching_method(run), 1, store, encoder(), CPU, tmp_path)
     with pytest.raises(ValueError, match=r"path start .* is damaged .*; delete it"):
+        matcher.path(0)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"path start .* is missing; run again"):
         matcher.path(0)
 
 
