@@ -56,6 +56,12 @@ def iterations_of_earlier_phases(rule: config.Distill, phase: int, iteration: in
     return tuple(updates_after(rule, q, wave - 1) for q in range(phase))
 
 
+def students_of_paths(rule: config.Distill, phase: int) -> set[tuple[int, ...]]:
+    """Return `iterations_of_earlier_phases` for each segment of `phase`: one entry per student and expert."""
+    begins = (0, *segment_ends(rule, phase)[:-1])
+    return {iterations_of_earlier_phases(rule, phase, begin) for begin in begins} - {()}
+
+
 def path_start_file(folder: Path, expert: int, iterations: tuple[int, ...]) -> Path:
     """Return the file, in the folder of a phase, with the student of one expert that learned the earlier phases.
 

@@ -21,7 +21,7 @@ from rmdd.data.inputs import input_path
 from rmdd.data.plan import make_plan
 from rmdd.data.shards import Dataset
 from rmdd.data.source import SampleSource
-from rmdd.distill.chain import is_chained, iterations_of_earlier_phases, segment_ends
+from rmdd.distill.chain import segment_ends, students_of_paths
 from rmdd.distill.loop import snapshot_iterations
 from rmdd.distill.trajectory.frozen import CHUNK
 from rmdd.evaluate.references import reference_of
@@ -220,17 +220,19 @@ def synthetic_numbers(run: config.Run, text_width: int) -> list[int]:
     return [cost([p.pairs], run.stored_size, text_width, s.kind, s.rank) for p in run.distill.phases]
 
 
-def phases_bytes(run: config.Run, text_width: int) -> int:
+def phases_bytes(run: config.Run, text_width: int, size: Size) -> int:
     """Return the bytes on disk of all phases: the initial set, the snapshots and the optimiser state.
 
     The optimiser state stores three numbers per learned value: the value, its momentum and its average. Methods that
-    do not iterate have no optimiser state.
+    do not iterate have no optimiser state. Chained phases also store a set per segment, and the starts of paths.
     """
-    per_phase = zip(run.distill.phases, synthetic_numbers(run, text_width), strict=True)
-    state = 3 if methods.find(run.distill.method).iterates else 0
-    return sum(
-        FLOAT * n * (1 + state + len(snapshot_iterations(p.iterations, run.distill.snapshots))) for p, n in per_phase
-    )
+    rule, total = run.distill, 0
+    state = 3 if methods.find(rule.method).iterates else 0
+    for p, numbers in enumerate(synthetic_numbers(run, text_width)):
+        sets = {*snapshot_iterations(rule.phases[p].iterations, rule.snapshots), *segment_ends(rule, p)}
+        starts = run.experts.num * len(students_of_paths(rule, p))
+        total += FLOAT * numbers * (1 + state + len(sets)) + starts * checkpoint_bytes(size.trained)
+    return total
 
 
 def cache_bytes(run: config.Run, counts: Counts, text_width: int) -> int:
@@ -287,8 +289,7 @@ def _distilling(run: config.Run, counts: Counts, work: Work) -> int:
             effort = effort_of(run, p, counts["train"][1])
             step = effort.forward * work.forward + effort.back * work.gradient + effort.trained * work.training
         total += plan.iterations * step
-        if is_chained(run.distill) and p:
-            starts = {iterations_of_earlier_phases(run.distill, p, i) for i in (0, *segment_ends(run.distill, p)[:-1])}
+        if starts := students_of_paths(run.distill, p):
             rule = training_of_path_starts(run)
             earlier = pairs_of_stages(rule.order, [q.pairs for q in run.distill.phases[:p]])
             passes = rule.epochs * _pairs_of_pass(rule, earlier)

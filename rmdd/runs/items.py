@@ -123,6 +123,11 @@ def needed_after_training(name: str) -> bool:
     return not name.endswith("/running.safetensors") and not track.is_curve(name)
 
 
+def needed_after_distillation(name: str) -> bool:
+    """Return whether file `name` of a phase is needed after distillation; starts of paths and curves are not."""
+    return "/path-starts/" not in name and not track.is_curve(name)
+
+
 def trained_expert(item: TaskItem, expert: int, storage: Storage) -> DualEncoder:
     """Return the model of an expert with the parameters of its last epoch."""
     others = re.compile(rf"/expert-(?!{expert:03d}/)")

@@ -117,7 +117,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "disk": {
             "cache": estimate.cache_bytes(run, counts, width),
             "store": estimate.store_bytes(size, run.experts.num, epochs_kept, run.experts.dtype),
-            "phases": estimate.phases_bytes(run, width),
+            "phases": estimate.phases_bytes(run, width, size),
         },
         "memory": _memory(run, counts, size, work, width),
         "time": _time(run, estimate.operations(run, counts, work)),

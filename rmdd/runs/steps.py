@@ -35,7 +35,7 @@ from rmdd.generate.studio import Tools
 from rmdd.models.prepared import SplitSource
 from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.runs import gate
-from rmdd.runs.items import TaskItem, record
+from rmdd.runs.items import TaskItem, needed_after_distillation, record
 from rmdd.runs.path_starts import TrainPathStart
 from rmdd.runs.paths import HEALTH, candidates_of, dataset_folder, fetch_pretrained, is_finished, paths_of, protocol_of
 from rmdd.runs.students import TrainStudent
@@ -155,7 +155,7 @@ class Steps:
     def begin_phases(self, item: TaskItem, splits: SplitSource) -> None:
         """Write the initial synthetic pairs of each phase whose file of initial pairs is missing."""
         with self.timed("distill"):
-            self.storage.fetch(item.paths.phases, _no_curve)
+            self.storage.fetch(item.paths.phases, needed_after_distillation)
             method = methods.method_of(item.run)
             for p in range(len(item.run.distill.phases)):
                 method.begin(p, lambda: splits.open("train"), item.paths.phase(p))
@@ -181,7 +181,7 @@ class Steps:
                 self.map("phases", shared, items, totals, local)
             else:
                 self.map("phases", DistillPhase(), items, totals)
-            self.storage.fetch(paths.phases, _no_curve)
+            self.storage.fetch(paths.phases, needed_after_distillation)
         return [paths.phase(p) for p in phases]
 
     def _distill_wave(self, item: TaskItem, wave: int) -> None:
@@ -190,16 +190,16 @@ class Steps:
         phases, experts = range(len(rule.phases)), range(item.run.experts.num)
         work = {p: (chain.updates_after(rule, p, wave - 1), chain.updates_after(rule, p, wave)) for p in phases}
         todo = {p: done for p, (begun, done) in work.items() if done > begun and not paths.set(p, done).is_file()}
-        starts = {(p, e): chain.iterations_of_earlier_phases(rule, p, work[p][0]) for p in todo if p for e in experts}
-        missing = {
+        earlier = {p: chain.iterations_of_earlier_phases(rule, p, work[p][0]) for p in todo if p}
+        starts = {
             f"phase {p}, expert {e}": replace(item, number=e, iterations=iterations)
-            for (p, e), iterations in starts.items()
-            if not chain.path_start_file(paths.phase(p), e, iterations).is_file()
+            for p, iterations in earlier.items()
+            for e in experts
         }
-        self.map("path starts", TrainPathStart(), list(missing.values()), dict.fromkeys(missing, 1))
+        self.map("path starts", TrainPathStart(), list(starts.values()), dict.fromkeys(starts, 1))
         items = [replace(item, number=p) for p in todo]
         self.map("phases", DistillPhase(wave=wave), items, {f"phase {p}": done for p, done in todo.items()})
-        self.storage.fetch(paths.phases, _no_curve)
+        self.storage.fetch(paths.phases, needed_after_distillation)
 
     def distill_gated(self, item: TaskItem, dataset: Dataset, splits: SplitSource) -> TaskItem:
         """Distil a planned chain with the gate of `rmdd.runs.gate`; return the input of the tasks with the kept phases.
@@ -385,8 +385,4 @@ class Steps:
 
 def _records(name: str) -> bool:
     """Return whether the main process reads file `name` of an expert store; curves and epochs after 0 are not read."""
-    return _no_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))
-
-
-def _no_curve(name: str) -> bool:
-    return not is_curve(name)
+    return not is_curve(name) and (not name.endswith(".safetensors") or name.endswith("/theta-0.safetensors"))

@@ -37,6 +37,7 @@ from rmdd.runs.gate import write_plan
 from rmdd.runs.items import (
     TaskItem,
     exclusive_folder,
+    needed_after_distillation,
     needed_after_training,
     prepared_split,
     tracked,
@@ -281,7 +282,7 @@ class CheckHealth:
         storage.fetch(path)
         if not path.is_file() or read_json(path)["value"] != item.value:
             storage.fetch(paths.data)
-            storage.fetch(paths.phases, lambda name: not track.is_curve(name))
+            storage.fetch(paths.phases, needed_after_distillation)
             storage.fetch(paths.store, lambda name: not name.endswith(".safetensors") and not track.is_curve(name))
             train, val = prepared_split(item, "train"), prepared_split(item, "val")
             model = trained_expert(item, Store.open(paths.store).complete()[0], storage)

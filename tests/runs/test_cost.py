@@ -121,11 +121,15 @@ def test_an_encoder_that_is_not_installed_is_reported():
 def test_chained_phases_cost_the_students_of_their_path_starts():
     phases = {"distill.phases": [{"pairs": 10, "iterations": 6}, {"pairs": 14, "iterations": 6}]}
     chain = {"distill.path_start": "student", "distill.path_lag": 2, "distill.path_epochs": 5}
-    flops = []
+    flops, disk = [], []
     for settings in (phases, phases | chain):
         run = config.load(SMALL, [f"{name}={value}" for name, value in settings.items()])
-        work = estimate.work_of(estimate.model_on_meta(run, 32), run, 32)
+        model = estimate.model_on_meta(run, 32)
+        work, size = estimate.work_of(model, run, 32), estimate.size_of(model, pretrained=False)
+        disk.append(estimate.phases_bytes(run, 32, size))
         counts = {"train": (40, 200), "val": (5, 25), "test": (5, 25)}
         flops.append(estimate.operations(run, counts, work)["distill"])
     starts, experts, pairs, passes = 3, run.experts.num, 10, 5  # of the sets after 2, 4 and 6 updates of phase 0
     assert flops[1] - flops[0] == starts * experts * passes * pairs * work.training
+    sets = 4 * 2 * sum(estimate.synthetic_numbers(run, 32))  # of each phase, after 2 and 4 updates
+    assert disk[1] - disk[0] == starts * experts * estimate.checkpoint_bytes(size.trained) + sets

@@ -112,6 +112,20 @@ def test_a_stopped_task_returns_false_and_a_second_call_writes_the_same_file(who
         assert task(item, Hooks()) and task.target(item).read_bytes() == bits
 
 
+def test_only_machines_that_distil_fetch_path_starts_from_a_uri(whole, tmp_path, monkeypatch):
+    for machine in ("first", "second", "third"):
+        scratch = [f"runtime.scratch={tmp_path / machine}"]
+        run = config.load(stored(f"file://{tmp_path}/bucket", CHAIN), scratch)
+        if machine == "first":
+            go_until_killed(run, monkeypatch, DistillPhase, 4, "distill")
+        else:
+            go(run, "distill")
+    files = [results(folder) for folder in (whole, tmp_path / "bucket")]
+    one, other = ({name: bits for name, bits in found.items() if name.startswith("phases")} for found in files)
+    assert one == other
+    assert list((tmp_path / "second").rglob("path-starts/*/*")) and not list((tmp_path / "third").rglob("path-starts"))
+
+
 def test_a_single_phase_has_the_bits_of_a_run_without_a_chain(tmp_path):
     files = []
     for start in ("theta_0", "student"):
