@@ -38,9 +38,9 @@ NOTE = (
     "independent, and every phase has the start epochs and the endpoint of phase 0. one phase: all pairs that the "
     "budget pays for, and the updates of all phases together. first to last, last to first: students learn one subset "
     "after the other. cumulative: the first subset, then the first two joined, and so on. union: all subsets joined; "
-    "pairs of different subsets have similarity 0 (zeros) or take no part in the loss (masked). Phase 0 has the same "
-    "pairs whether phases are chained, independent or the same early phase, so it is scored alone only once. passes: "
-    "training epochs on each subset or join of subsets, the best on val of those tried"
+    "images and texts of different subsets have similarity 0 (zeros) or are not compared (masked). Phase 0 has the "
+    "same pairs whether phases are chained, independent or the same early phase, so it is scored alone only once. "
+    "passes: training epochs on each subset or join of subsets, the best on val of those tried"
 )
 
 

@@ -111,7 +111,7 @@ def text(distilled: DistilledSet) -> str:
         method=distilled.method,
         loss=distilled.loss,
         counts=counts,
-        order=in_words(distilled.order, distilled.between),
+        order=f" Train on {in_words(distilled.order, distilled.between)}." if len(distilled.subsets) > 1 else "",
         image_shape=f"3 x {height} x {width}",
         enlarged="" if width == size else f"; enlarge them to {size} x {size} (bilinear) before an image tower",
         text_width=subset.texts.shape[1],
@@ -230,7 +230,7 @@ tags:
 These synthetic pairs replace a large image-text dataset (source: {source}) when you train a retrieval model. They
 were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
 
-- Subsets: {counts} pairs. Train on {order}.
+- Subsets: {counts} pairs.{order}
 - Images: {image_shape}, normalised{enlarged}. `image * std + mean` gives pixels in [0, 1], with mean ({mean})
   and std ({std}).
 - Texts: embeddings of width {text_width} from `{text_tower}`. Use the same encoder to embed real captions.

@@ -113,7 +113,7 @@ class DistilledSet:
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     order: str = "sequence"  # how students learn the subsets: sequence, cumulative or union
-    between: str = "zeros"  # similarity of pairs of different subsets of a stage: zeros, or masked (not in the loss)
+    between: str = "zeros"  # joined subsets: images and texts of different ones have similarity 0, or are masked
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subsets", tuple(self.subsets))
@@ -141,7 +141,7 @@ class DistilledSet:
     def similarity_of(self, stage: int) -> Float[Tensor, "M M"]:
         """Return the similarity of all pairs of a stage: a block per subset, and zeros between the blocks.
 
-        If `between` is masked, the zeros are no targets: pairs of different subsets take no part in the loss.
+        If `between` is masked, the zeros are no targets: images and texts of different subsets are not compared.
         """
         matrix: Tensor = torch.block_diag(*(self.subsets[k].matrix for k in self._subsets_of(stage)))
         return matrix

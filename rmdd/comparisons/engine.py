@@ -164,7 +164,7 @@ class ComparedRun(Pipeline):
             remarks.append("bare tensors: rmdd cannot check that they fit these encoders and this data")
         own_order = {"order": distilled.order, "between": distilled.between} if distilled.model else {}
         training = self.run.evaluate.model_copy(update=own_order)
-        if training.order != "sequence":
+        if training.order != "sequence" and len(distilled.subsets) > 1:
             remarks.append(f"its students train on {in_words(training.order, training.between)}")
         steps = protocol.updates(training, [subset.pairs for subset in distilled.subsets])
         if steps != (real := protocol.StudentProtocol.of(self.run).updates):

@@ -192,7 +192,7 @@ class Run(Section):
         return value | {"seed": self.seed_of(section)} if "seed" in value else value  # type: ignore[arg-type]
 
     def _as_hashed(self, section: str, purpose: Purpose) -> Section:
-        """Return a section with constants in fields that may not move the hash for `purpose`.
+        """Return a copy of a section in which fields that must not change the hash for `purpose` have a fixed value.
 
         These are the fields that a planned chain sets, so that a run keeps its hash when its phases are planned. If no
         chain is planned, `plan.chain` has no effect.

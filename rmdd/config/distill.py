@@ -336,7 +336,7 @@ class Distill(Section):
         The hash of a phase contains `plan` only for adaptive phases, because their plan changes them while they run.
         """
         single = len(self.phases) == 1 and (purpose == "phases" or not self.plan.plans)
-        # without a chain, hashes are those of before these fields existed
+        # without a chain, hashes stay as they were before these fields existed
         unused = OF_CHAIN if single or self.path_start == "theta_0" else ()
         if self.path_order is None:
             unused = (*unused, "path_order")

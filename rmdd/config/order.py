@@ -31,5 +31,6 @@ def in_words(order: str, between: str) -> str:
     if order == "sequence":
         return "one subset after the other"
     sets = "all subsets at once" if order == "union" else "the first subset, then on the first two at once, and so on"
-    masked = "pairs of different subsets take no part in the loss"
-    return f"{sets}; {masked if between == 'masked' else 'the similarity of pairs of different subsets is 0'}"
+    if between == "masked":
+        return f"{sets}; images and texts of different subsets are not compared"
+    return f"{sets}; the similarity of images and texts of different subsets is 0"

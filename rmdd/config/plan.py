@@ -54,7 +54,7 @@ class Plan(Section):
     )
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out `chain: false`, so that the hashes of independent phases are older than this field."""
+        """Leave out `chain: false`, so that the hashes of independent phases stay as before this field existed."""
         return () if self.chain else ("chain",)
 
     @property

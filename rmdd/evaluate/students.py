@@ -40,14 +40,14 @@ class TrainingPairs:
     lr_image: float
     lr_text: float
     subset_of: Int[Tensor, " M"] | None = None
-    """Number of the subset of each pair, if pairs of different subsets take no part in the loss; None: all pairs do."""
+    """Subset of each pair, if only images and texts of the same subset are compared; None: all are compared."""
 
 
 def joined(subsets: Sequence[TrainingPairs], between: str) -> TrainingPairs:
     """Join subsets to one training set with a block-diagonal similarity; a single subset is returned as it is.
 
     The learning rates are the means of those of the subsets, weighted by their numbers of pairs. With `between: masked`
-    pairs of different subsets take no part in the loss.
+    images and texts of different subsets are not compared.
     """
     if len(subsets) == 1:
         return subsets[0]
@@ -96,7 +96,7 @@ class StudentSchedule:
     order: Order = "sequence"
     """Which subsets form the stages (see `rmdd.config.order`)."""
     between: Between = "zeros"
-    """Target of pairs of different subsets of a stage: similarity 0, or masked (no part in the loss)."""
+    """Target of images and texts of different subsets of a stage: similarity 0 (zeros), or none (masked)."""
 
     @classmethod
     def of(cls, rule: config.Evaluate) -> "StudentSchedule":

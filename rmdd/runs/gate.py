@@ -2,8 +2,8 @@
 
 After each phase, students learn all subsets so far, in each order of `ORDERS`, and are scored on val. The better order
 gives the score of these subsets. If the score with phase p is not above the score without it, or if phase p diverges,
-phase p is dropped: the run is planned again with p phases, which share all pairs and updates. Their pairs are not those
-of the plan before, so they are distilled in another folder. A plan of one phase has no gate. When all phases are kept,
+phase p is dropped: the run is planned again with p phases, which share all pairs and updates. The new phases
+have other sizes, so they get a folder of their own. A plan of one phase has no gate. When all phases are kept,
 the better order for all subsets becomes that of the final students and of the set.
 
 The records of the students are in the run folder, and decisions depend on nothing else. So a resumed run takes the same

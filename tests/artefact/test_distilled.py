@@ -218,14 +218,14 @@ def test_the_card_script_follows_the_stages(tmp_path, monkeypatch, capsys, kind,
     ("order", "words"),
     [
         ("sequence", "Train on one subset after the other."),
-        ("cumulative", "Train on the first subset, then on the first two at once, and so on; the similarity of pairs"),
-        ("union", "Train on all subsets at once; the similarity of pairs of different subsets is 0."),
+        ("cumulative", "Train on the first subset, then on the first two at once, and so on; the similarity of images"),
+        ("union", "Train on all subsets at once; the similarity of images and texts of different subsets is 0."),
     ],
 )
 def test_the_card_says_the_order(order, words):
     assert words in card.text(make_set(order=order))
     masked = card.text(make_set(order=order, between="masked"))
-    assert ("pairs of different subsets take no part in the loss." in masked) == (order != "sequence")
+    assert ("images and texts of different subsets are not compared." in masked) == (order != "sequence")
 
 
 @pytest.mark.parametrize("kind", KINDS)

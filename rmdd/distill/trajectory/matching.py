@@ -141,7 +141,7 @@ class Matcher:
             self._paths.clear()
 
     def use_path_starts(self, iteration: int) -> None:
-        """Start the paths of a chained phase where they start after `iteration` updates."""
+        """Use the path starts that the schedule sets for the update after `iteration`."""
         now = iterations_of_earlier_phases(self.run.distill, self.phase, iteration)
         if now != self._earlier:
             self._earlier = now
