@@ -338,7 +338,9 @@ class Distill(Section):
         single = len(self.phases) == 1 and (purpose == "phases" or not self.plan.plans)
         # without a chain, hashes stay as they were before these fields existed
         unused = OF_CHAIN if single or self.path_start == "theta_0" else ()
-        if self.path_order is None:
+        if purpose == "phases":  # this hash contains the passes and the order of the students, however they are set
+            unused = (*unused, "path_epochs", "path_order")
+        elif self.path_order is None:
             unused = (*unused, "path_order")
         if purpose == "run":
             return (*unused, "phases") if self.plan.plans else (*unused, "plan")
