@@ -141,7 +141,7 @@ class DistilledSet:
     def similarity_of(self, stage: int) -> Float[Tensor, "M M"]:
         """Return the similarity of all pairs of a stage: a block per subset, and zeros between the blocks.
 
-        If `between` is masked, the zeros are no targets: images and texts of different subsets are not compared.
+        If `between` is masked, ignore these zeros: the loss does not compare images and texts of different subsets.
         """
         matrix: Tensor = torch.block_diag(*(self.subsets[k].matrix for k in self._subsets_of(stage)))
         return matrix

@@ -288,8 +288,9 @@ def renormalised(images: torch.Tensor, set_: DistilledSet, mean: Iterable[float]
 def with_planned_phases(run: config.Run, where: str) -> config.Run:
     """Return a copy of `run` that lists the phases of its plan.
 
-    Raises `ConfigError` if the run has no plan yet, or if phases of its plan may still be dropped. The sizes of
-    the phases decide for how many updates students of random pairs are trained.
+    The number of updates of students of random pairs follows from the sizes of the phases.
+
+    Raises `ConfigError` if the run has no plan yet, or if its gate has not yet decided about all phases.
     """
     if not run.distill.plan.plans:
         return run

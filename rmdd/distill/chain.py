@@ -46,7 +46,7 @@ def segment_ends(rule: config.Distill, phase: int) -> list[int]:
 
 
 def iterations_of_earlier_phases(rule: config.Distill, phase: int, iteration: int) -> tuple[int, ...]:
-    """Return one iteration per earlier phase: the paths of `phase` start at students of the sets of these iterations.
+    """Return which sets the students learn at which the paths of `phase` start: the iteration of each earlier phase.
 
     `iteration` is the number of updates that `phase` has made. The result is empty if paths start at theta_0.
     """
@@ -57,15 +57,15 @@ def iterations_of_earlier_phases(rule: config.Distill, phase: int, iteration: in
 
 
 def students_of_paths(rule: config.Distill, phase: int) -> set[tuple[int, ...]]:
-    """Return `iterations_of_earlier_phases` for each segment of `phase`: one entry per student and expert."""
+    """Return the `iterations_of_earlier_phases` of all segments of `phase`; each expert has one student per entry."""
     begins = (0, *segment_ends(rule, phase)[:-1])
     return {iterations_of_earlier_phases(rule, phase, begin) for begin in begins} - {()}
 
 
 def path_start_file(folder: Path, expert: int, iterations: tuple[int, ...]) -> Path:
-    """Return the file, in the folder of a phase, with the student of one expert that learned the earlier phases.
+    """Return the file of the student at which the paths of one expert start; `folder` is that of the phase.
 
-    `iterations` are the `iterations_of_earlier_phases` of which it learned the sets.
+    `iterations` are the `iterations_of_earlier_phases`: the student learned the sets of these iterations.
     """
     return folder / "path-starts" / f"expert-{expert:03d}" / f"{'-'.join(map(str, iterations))}.safetensors"
 

@@ -9,7 +9,7 @@ from rmdd.distill.synthetic import Synthetic
 
 
 class PhaseDiverged(FloatingPointError):
-    """Raised when a phase diverged more often than `guard.retries` allows, or a student from which its paths start.
+    """Raised when a phase diverged more often than `guard.retries` allows, or a student at which its paths start did.
 
     The last good checkpoint of the phase is on disk. The first clause of the message, up to "; ", says what diverged.
     """

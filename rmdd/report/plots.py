@@ -137,9 +137,9 @@ def snapshots(val: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> str:
 
 
 def students(curves: Sequence[Sequence[Mapping[str, Any]]], epochs: int, levels: Mapping[str, float]) -> str:
-    """Draw val R@mean of every student against its training passes; dotted lines mark changes to the next stage.
+    """Draw the val R@mean of every student over its training passes, with a dotted line where a new stage begins.
 
-    The field `subset` of a point is the number of the stage.
+    A point of a curve has the number of its stage in the field `subset`.
     """
     drawing = Drawing("students during training", "passes", "val R@mean")
     with matplotlib.rc_context(STYLE):

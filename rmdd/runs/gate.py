@@ -79,9 +79,9 @@ def decision(
 
 
 def diverged(item: TaskItem, subsets: int, error: PhaseDiverged) -> dict[str, Any]:
-    """Return the decision to drop the last of the first `subsets` phases, because it diverged.
+    """Return the decision to drop phase `subsets - 1`, because it diverged.
 
-    The reason has only the first clause of the error: the others advise how to continue, and name files.
+    The stored reason is the first clause of the error message. The rest of the message gives advice and names files.
     """
     what = str(error).partition("; ")[0]
     return _decision(item, subsets, False, f"phase {subsets - 1} is dropped, because it diverged: {what}")

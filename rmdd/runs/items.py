@@ -73,7 +73,7 @@ def prepared_split(item: TaskItem, split: str) -> PreparedSplit:
 
 
 def distilled_pairs(item: TaskItem, storage: Storage, size: int) -> list[TrainingPairs]:
-    """Return the training pairs of the sets at `item.iterations`, one per phase, with images of `size` pixels."""
+    """Return the pairs of each phase after `item.iterations` updates, with images of `size` x `size` pixels."""
     files = [item.paths.set(p, iteration) for p, iteration in enumerate(item.iterations)]
     for file in files:
         storage.fetch(file)

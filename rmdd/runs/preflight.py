@@ -164,7 +164,7 @@ def _memory(
 
 
 def _method_remarks(run: config.Run) -> list[str]:
-    """Return remarks on the run's method: costs that the estimate leaves out, fields and pruners without effect."""
+    """Return remarks: costs that the estimate leaves out, and settings that have no effect with the run's method."""
     rule, method = run.distill, methods.method_of(run)
     remarks = method.uncounted()
     if idle := method.idle():

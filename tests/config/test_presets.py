@@ -18,7 +18,7 @@ PTM_ST = [
 ]
 EMOJI = [f"emoji_{method}_100" for method in BUILT_IN]
 MDM = [f"{data}_mdm_{n}" for data in ("flickr8k", "flickr30k", "coco") for n in (100, 200, 500)]
-PTM_ST_EMOJI = [f"emoji_ptm_st_{kind}" for kind in ("200", "500", "200_published", "500_published")]
+PHASES_ON_EMOJI = [f"emoji_ptm_st_{n}{suffix}" for n in (200, 500) for suffix in ("", "_published")]
 PLANNED = {f"emoji_ptm_st_auto_{n}" for n in (100, 200, 500)}
 
 # The columns are pairs (M), stop (T+), iterations, rank, alpha, batch (B), learning rate of images and texts, learning
@@ -86,7 +86,7 @@ def load(name: str) -> config.Run:
 
 
 def test_the_presets_are_there():
-    known = {"demo", *PTM_ST_EMOJI, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
+    known = {"demo", *PHASES_ON_EMOJI, *PLANNED, *EMOJI, *PTM_ST, *ROWS, *LORS, *REPBLEND, *TESLA_VL, *MTT_VL, *ON_LORS}
     known |= {*NCFM, *COV, *MDM, *VARIANTS, *PDS, *DRAWN, *CHAINED}
     assert set(NAMES) == known
 
