@@ -1,8 +1,11 @@
 """Exclusive access to a folder: a file lock excludes other processes of this machine, a lease excludes other machines.
 
-The operating system releases the file lock as soon as its process dies. The lease is a small file beside the folder;
-it names the process that holds the folder (the holder). The holder rewrites the lease every `BEAT` seconds. If the
-lease does not change for `EXPIRES` seconds, by the clock of the machine that watches it, its holder counts as dead.
+The operating system releases the file lock as soon as its process dies. Lock files lie in folders `.locks`, each beside
+the folders that it has locks for. They are never removed: if a process removed the lock file that another process waits
+for, the two could lock different files of the same name. The lease is a small file beside the folder; it names the
+process that holds the folder (the holder), which removes the lease at its end. The holder rewrites the lease every
+`BEAT` seconds. If the lease does not change for `EXPIRES` seconds, by the clock of the machine that watches it, its
+holder counts as dead.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rmdd.core.files import listener_of, machine, read_json, remove, write_json
+from rmdd.core.files import alive, listener_of, machine, read_json, remove, write_json
 
 BEAT = 5.0
 """Seconds between two writes of a lease by its holder."""
@@ -27,6 +30,8 @@ SETTLE = 1.0
 write a lease at the same time, the one that reads back its own text holds the folder."""
 POLL = 0.2
 """Seconds between two attempts to get the file lock."""
+LOCKS = ".locks"
+"""Name of the folders of lock files."""
 
 
 class FolderInUse(RuntimeError):
@@ -92,7 +97,7 @@ class Lease:
 
     def write(self) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        who = {"machine": machine(), "host": socket.gethostname(), "pid": os.getpid(), "seen": now}
+        who = {"machine": _holder_machine(), "host": socket.gethostname(), "pid": os.getpid(), "seen": now}
         self.cell.write({"id": self.id, "beats": self.beats, **who})
 
     def owned(self) -> bool:
@@ -130,6 +135,7 @@ def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     listener = listener_of(folder)
     cell: LeaseCell = LocalLeaseCell(folder) if listener is None else listener.cell(folder)
+    lock_of(folder).parent.mkdir(exist_ok=True)
     with open(lock_of(folder), "a") as lock:
         while not _locked(lock):
             if not wait:
@@ -147,7 +153,20 @@ def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
 
 
 def lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
+    return folder.parent / LOCKS / f"{folder.name}.lock"
+
+
+def held_in(path: Path) -> list[Path]:
+    """Return the folders inside `path` that a process of this machine holds (see `hold_folder`)."""
+    held = []
+    for file in path.rglob("*.lock"):
+        with open(file) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                parent = file.parents[1] if file.parent.name == LOCKS else file.parent  # older versions: beside it
+                held.append(parent / file.name.removesuffix(".lock"))
+    return held
 
 
 def _locked(lock: Any) -> bool:
@@ -161,8 +180,7 @@ def _locked(lock: Any) -> bool:
 def _take(lease: Lease) -> bool:
     """Write the lease if there is none or its holder is dead; return whether this process holds the folder now."""
     cell, before = lease.cell, lease.cell.read()
-    # a holder on this machine must be dead, because this process has the file lock
-    foreign = before is not None and before.get("machine") != machine()
+    foreign = before is not None and _may_live(before)
     deadline = time.monotonic() + EXPIRES
     while foreign and (now := cell.read()) is not None:
         if now != before:
@@ -175,6 +193,22 @@ def _take(lease: Lease) -> bool:
         time.sleep(SETTLE)
         return lease.owned()
     return True
+
+
+def _may_live(lease: dict[str, Any]) -> bool:
+    """Return whether the holder of a lease may be alive, although this process has the file lock of the folder."""
+    if lease.get("machine") == _holder_machine():
+        return False
+    return lease.get("machine") != machine() or alive(lease["pid"])
+
+
+def _holder_machine() -> str:
+    """Return the name of this machine in leases.
+
+    Older versions put lock files beside the folders, so their processes do not see ours. In their leases, the name is
+    `machine()`. As the names differ, old and new processes watch each other's leases like those of other machines.
+    """
+    return f"{machine()}/{LOCKS}"
 
 
 def _in_use(folder: Path, lease: dict[str, Any] | None) -> FolderInUse:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from rmdd import config
 from rmdd.core.files import explain_write_errors, is_temporary, register_listener, remove, sweep, temporary_beside
-from rmdd.core.locks import LeaseCell, LocalLeaseCell, lock_of
+from rmdd.core.locks import LeaseCell, LocalLeaseCell, held_in
 from rmdd.core.remote import ObjectStore, RemoteLeaseCell, Stamp
 
 MARKERS = ("manifest.json", "store.json", "expert.json", "set.json", "subset.json")
@@ -115,7 +115,7 @@ class Mirror(Storage):
         if not path.is_relative_to(self.root):
             return
         remote = {n: s for n, s in self.remote.list(self._name(path)).items() if self._is_published(n) and wanted(n)}
-        busy = [self._name(folder) + "/" for folder in _busy_in(path)]
+        busy = [self._name(folder) + "/" for folder in held_in(path)]
         local = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         stale = [n for n in map(self._name, local) if n not in remote and self._is_published(n) and wanted(n)]
         for name in sorted(stale, key=_marker_last) + sorted(remote, key=_marker_last):
@@ -252,20 +252,6 @@ def _marker_last(name: str) -> tuple[bool, str]:
 
 def _marker_first(name: str) -> tuple[bool, str]:
     return not _marker_last(name)[0], name
-
-
-def _busy_in(path: Path) -> list[Path]:
-    """Return the folders inside `path` that a process of this machine holds (see `hold_folder`)."""
-    busy = []
-    for file in path.rglob("*.lock") if path.is_dir() else ():
-        folder = file.with_suffix("")
-        if lock_of(folder) == file:
-            with open(file) as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    busy.append(folder)
-    return busy
 
 
 def is_uri(storage: str) -> bool:

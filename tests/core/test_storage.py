@@ -228,6 +228,37 @@ def test_a_lease_of_another_machine_is_respected_until_it_no_longer_changes(quic
     assert cell.read() is None
 
 
+def test_lock_files_do_not_lie_among_the_folders(tmp_path):
+    for name in ("a", "b"):
+        with hold_folder(tmp_path / name, wait=False):
+            (tmp_path / name).mkdir()
+            assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".lock") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".locks", "a", "b"]
+
+
+def old_lease(pid, beats=0):
+    """Return the lease of an older version on this machine, which puts its lock file beside the folder."""
+    return foreign_lease(beats) | {"machine": files.machine(), "pid": pid}
+
+
+def test_processes_of_an_older_version_on_this_machine_are_respected(quick, tmp_path, monkeypatch):
+    write_json(tmp_path / "run.lease", old_lease(os.getppid()))
+    beats = iter(range(1, 100))
+    beat = lambda: write_json(tmp_path / "run.lease", old_lease(os.getppid(), next(beats)))  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(lease.time, "sleep", lambda s, sleep=time.sleep: (beat(), sleep(s)))
+        with (
+            pytest.raises(FolderInUse, match=f"process {os.getppid()} on node-7"),
+            hold_folder(tmp_path / "run", wait=False),
+        ):
+            pass
+    write_json(tmp_path / "run.lease", old_lease(pid=2**22 + 1))  # no process can have this id
+    began = time.monotonic()
+    with hold_folder(tmp_path / "run", wait=False):
+        assert time.monotonic() - began < lease.EXPIRES, "the lease of a dead process is taken over at once"
+        assert read_json(tmp_path / "run.lease")["machine"] != files.machine(), "older versions must wait too"
+
+
 def test_a_paused_holder_notices_that_another_process_took_over(quick, node):
     a = node("a")
     with hold_folder(a.root / "run", wait=False) as mine:

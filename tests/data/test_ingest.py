@@ -140,7 +140,7 @@ def test_an_equal_ingest_returns_the_existing_dataset(messy, tmp_path):
     again = ingest(messy, tmp_path / "out")
     assert again.hash == first.hash
     assert {file: file.stat().st_mtime_ns for file in again.path.iterdir()} == times
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out", "root"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "out", "root"]
 
 
 def test_an_image_that_was_missing_is_added_by_the_next_ingest(messy, draw, tmp_path):
@@ -183,7 +183,7 @@ def test_a_failed_ingest_leaves_no_dataset_and_keeps_its_finished_parts(messy, t
     fine = messy.model_copy(update={"shard_mb": 1e-4})
     with pytest.raises(RuntimeError):
         ingest(fine, tmp_path / "out", broken)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.parts", "root"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", ".out.parts", "root"]
     fresh = []
 
     def counted(make, items):

@@ -68,8 +68,7 @@ def test_parts_reach_the_configured_size(data, undisturbed, tmp_path):
     coarse = Dataset.open(ingest(data.model_copy(update={"shard_mb": 1.0}), tmp_path / "coarse").path)
     assert len(coarse.manifest["shards"]) == 3 and coarse.hash == undisturbed["manifest"]["data_hash"]
     coarse.verify()
-    locks = [".coarse.lock", ".undisturbed.lock"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*locks, "coarse", "root", "undisturbed"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".locks", "coarse", "root", "undisturbed"]
 
 
 def test_an_ingest_killed_in_the_middle_of_a_shard_resumes(data, undisturbed, tmp_path):
