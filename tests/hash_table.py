@@ -34,7 +34,8 @@ MOVES = {
         data.scenes.seed data.reencode data.shard_mb data.max_pixels
     """,
     "nothing": """
-        data.root experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
+        data.root data.imagefolder.files data.imagefolder.image data.imagefolder.caption data.imagefolder.split
+        experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
         distill.path_start distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
         distill.guard.retries distill.checkpoint_every evaluate.between
         evaluate.probes search.space search.trials search.base

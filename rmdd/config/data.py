@@ -43,6 +43,27 @@ class TableSource(Section):
     )
 
 
+class ImageFolder(Section):
+    """The source `imagefolder`: images with a metadata table, as Hugging Face has them, or with a text file each."""
+
+    files: str = Field(
+        "**/metadata.{csv,jsonl,parquet}",
+        description="tables: glob patterns below data.root, separated by ::; without one, the caption of 0001.jpg is "
+        "the text of 0001.txt",
+    )
+    image: str | None = Field(
+        None,
+        description="column with the path of the image, relative to its table; null: file_name, or the one *_file_name",
+    )
+    caption: str | None = Field(
+        None,
+        description="column with a caption or a list of captions; null: text, caption, captions, prompt or description",
+    )
+    split: str | None = Field(
+        "split", description="column with train, val or test; if missing or null, split by folder name or hash"
+    )
+
+
 class Tars(Section):
     """The source `webdataset`: tar files written by img2dataset; the captions of KEY.jpg are in KEY.txt or KEY.json."""
 
@@ -93,8 +114,8 @@ class Data(Section):
     source: str = Field(
         "scenes",
         description="where the pairs come from: scenes, karpathy, lists (files per split, as BLIP and LoRS have "
-        "them), table, textcaps, webdataset, parquet, a source that an installed package adds, or dataset (a folder "
-        "that `rmdd ingest` wrote)",
+        "them), table, imagefolder, textcaps, webdataset, parquet, a source that an installed package adds, or dataset "
+        "(a folder that `rmdd ingest` wrote)",
         json_schema_extra=hash_only("run", "ingest"),
     )
     root: str | None = Field(
@@ -114,6 +135,7 @@ class Data(Section):
     )
     scenes: Scenes = Field(Scenes(), json_schema_extra=hash_only("run", "ingest"))
     table: TableSource = Field(TableSource(), json_schema_extra=hash_only("run", "ingest"))
+    imagefolder: ImageFolder = Field(ImageFolder(), json_schema_extra=hash_only("run", "ingest"))
     webdataset: Tars = Field(Tars(), json_schema_extra=hash_only("run", "ingest"))
     parquet: Parquet = Field(Parquet(), json_schema_extra=hash_only("run", "ingest"))
     split_fractions: tuple[float, float, float] = Field(
@@ -192,9 +214,12 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave fields of unused sources out of a dataset's hash and, without `reencode`, fields about decoding too."""
+        """Leave fields of unused sources out of a dataset's hash and, without `reencode`, fields about decoding too.
+
+        Sources added after version 0.1 are left out of all hashes if they are not used.
+        """
         if purpose != "ingest":
-            return ()
+            return tuple(name for name in ("imagefolder",) if name != self.source)
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]
         return tuple(others) if self.reencode else (*others, "background", "exif_orientation")
 

@@ -28,7 +28,7 @@ from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
 from rmdd.data.counts import IngestCounts
-from rmdd.data.inputs import absolute, hash_of, is_remote
+from rmdd.data.inputs import InputPath, absolute, hash_of, input_path, is_remote
 from rmdd.data.layouts import alternatives
 from rmdd.data.parts import IngestFolders, PartWriter, write_entries
 from rmdd.data.plan import IngestPlan, file_parts, make_plan, write_parts
@@ -99,13 +99,22 @@ def _input(data: Data) -> tuple[dict[str, Any], Any]:
         inputs["annotations"] = {f"{len(files)} files, names and sizes": hash_value(files)}
         return inputs, files
     rows, annotations = source.rows(data)
-    inputs["annotations"] = {path.name: hash_of(path) for path in annotations}
+    inputs["annotations"] = {name: hash_of(path) for name, path in _names(annotations, data).items()}
     if source.without_list:
         all_rows = list(rows)
-        names_and_classes = hash_value([[row.image, *row.captions] for row in all_rows])
-        inputs["annotations"][f"{len(all_rows)} pictures, names and classes"] = names_and_classes
+        captions = "classes" if data.source == "classes" else "captions"
+        names_and_captions = hash_value([[row.image, *map(str, row.captions)] for row in all_rows])
+        inputs["annotations"][f"{len(all_rows)} pictures, names and {captions}"] = names_and_captions
         return inputs, iter(all_rows)
     return inputs, rows
+
+
+def _names(files: list[InputPath], data: Data) -> dict[str, InputPath]:
+    """Return the files by name, or by path below `data.root` if two of them have the same name."""
+    by_file_name = {path.name: path for path in files}
+    if len(by_file_name) == len(files):
+        return by_file_name
+    return {str(path).removeprefix(str(input_path(data.root))).lstrip("/"): path for path in files}
 
 
 def _start_or_resume(

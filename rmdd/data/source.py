@@ -99,7 +99,7 @@ class AnnotationSource:
     cut_by_hash: bool = False
     """Whether some rows have no split in the input; a hash and `data.split_fractions` then choose the split."""
     without_list: bool = False
-    """Whether this source takes its rows from image file names instead of an annotation list."""
+    """Whether rows can come from the names of image files, or from files beside them, instead of annotation files."""
 
 
 @dataclass(frozen=True)

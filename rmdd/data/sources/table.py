@@ -8,51 +8,58 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rmdd.config import Data, TableSource
+from rmdd.data.columns import captions_of, columns_of, value_of
 from rmdd.data.inputs import InputPath, input_path, parquet_file
 from rmdd.data.layouts import describe, read_text
-from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSource, as_captions
+from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSource
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     path = input_path(data.root) / data.table.file
     if not path.is_file():
         raise ValueError(f"{path} not found; set data.table.file to the path of the table relative to data.root")
+    return rows_of(path, records(path), data.table), [path]
+
+
+def records(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the position of each row of a table, such as `line 2`, and its values by column name."""
     readers = {".csv": _csv, ".tsv": _csv, ".txt": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: unknown extension '{path.suffix}'; give one of {', '.join(readers)}")
-    return _rows(path, readers[path.suffix.lower()](path), data.table), [path]
+    return readers[path.suffix.lower()](path)
 
 
-def _rows(
-    path: InputPath, records: Iterator[tuple[str, dict[str, Any]]], table: TableSource
+def rows_of(
+    path: InputPath, records: Iterable[tuple[str, dict[str, Any]]], table: TableSource, source: str = "table"
 ) -> Iterator[AnnotationRow]:
+    """Yield the rows of a table with the columns that `table` names; messages call them fields of `data.SOURCE`."""
     for i, (where, record) in enumerate(records):
-        missing = [column for column in (table.image, table.caption) if column not in record]
+        missing = [column for column in (table.image, table.caption) if not columns_of(column, record)]
         if missing and i == 0:
             raise ValueError(
                 f"{path}: no column {' and no column '.join(map(repr, missing))}; "
-                f"it has {', '.join(map(str, record))}; set data.table.image and data.table.caption"
+                f"it has {', '.join(map(str, record))}; set data.{source}.image and data.{source}.caption"
             )
-        origin = f"{path.name} {where}"
-        captions = as_captions(_unpacked(record.get(table.caption)))
-        yield AnnotationRow(record.get(table.image), captions, _split(record, table, path, where), "table", origin)
+        image, captions = value_of(record, table.image), captions_of(record, table.caption, _unpacked)
+        split = _split(record, table.split, f"{path}: {where}", f"data.{source}.split")
+        yield AnnotationRow(image, captions, split, source, f"{path.name} {where}")
 
 
-def _split(record: dict[str, Any], table: TableSource, path: InputPath, where: str) -> str | None:
-    if table.split is None or table.split not in record:
+def _split(record: dict[str, Any], column: str | None, where: str, field: str) -> str | None:
+    if column is None or column not in record:
         return None
-    value = record[table.split]
+    value = record[column]
     if value is None or value != value or value == "":
         return NO_SPLIT
     split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
     if split is None:
         raise ValueError(
-            f"{path}: {where} has {value!r} in column '{table.split}'; expected train, val or test; "
-            "set data.table.split: null to choose splits by hash"
+            f"{where} has {value!r} in column '{column}'; expected train, val or test; "
+            f"set {field}: null to choose splits by hash"
         )
     return split
 

@@ -41,12 +41,9 @@ class Sample:
 
     @property
     def captions(self) -> tuple[Any, ...]:
-        """The captions of this sample before any check. A text file that is not UTF-8 is returned as bytes."""
+        """The captions of this sample before any check."""
         if text := self.members.get("txt"):
-            try:
-                return (text.decode("utf-8-sig").rstrip("\r\n"),)
-            except UnicodeDecodeError:
-                return (text,)
+            return (caption_in(text),)
         try:
             facts = json.loads(self.members.get("json") or b"null")
         except ValueError:
@@ -54,6 +51,14 @@ class Sample:
         if not isinstance(facts, dict):
             return ()
         return as_captions(next((facts[k] for k in ("caption", "captions") if facts.get(k) is not None), ()))
+
+
+def caption_in(text: bytes) -> str | bytes:
+    """Return the caption in a text file; the bytes themselves if they are not UTF-8."""
+    try:
+        return text.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        return text
 
 
 class TruncatedTar(Exception):
