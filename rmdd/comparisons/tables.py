@@ -12,12 +12,15 @@ from rmdd.comparisons.results import RECALLS, SPLITS
 from rmdd.core.files import atomic_path
 
 HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
 :root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-body {{ max-width: 90rem; margin: 2rem auto; padding: 0 1rem }} .wide {{ overflow-x: auto }}
+body {{ max-width: 90rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }} .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }}
 th:first-child, td:first-child, .text {{ text-align: left }}
+th:first-child, td:first-child {{ min-width: 7rem; white-space: normal; overflow-wrap: normal }}
+@media (max-width: 600px) {{ th, td {{ padding: .25rem .35rem }} }}
 .apart {{ border-left: 4px solid #8886; padding-left: 1rem; margin-top: 3rem; color: #888 }}
 </style></head><body>
 """
@@ -56,13 +59,14 @@ def markdown(title: str, tables: Sequence[ResultTable]) -> str:
 
 
 def page(title: str, tables: Sequence[ResultTable]) -> str:
-    """Return one HTML page that loads no other file."""
+    """Return one HTML page that loads no other file. Columns with R@mean come first, so that a phone shows them."""
     parts = [HEAD.format(title=escape(title)), f"<h1>{escape(title)}</h1>"]
     for table in tables:
+        order = sorted(range(len(table.columns)), key=lambda k: (k > 0, "R@mean" not in table.columns[k]))
         classes = [' class="text"' if c in TEXTS else "" for c in table.columns]
-        head = "".join(f"<th{k}>{escape(c)}</th>" for c, k in zip(table.columns, classes, strict=True))
+        head = "".join(f"<th{classes[k]}>{escape(table.columns[k])}</th>" for k in order)
         body = "\n".join(
-            "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(cells, classes, strict=True)) + "</tr>"
+            "<tr>" + "".join(f"<td{classes[k]}>{escape(cells[k])}</td>" for k in order) + "</tr>"
             for cells in table.rows
         )
         notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)

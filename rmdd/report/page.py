@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from rmdd.methods.base import BaseMethod
     from rmdd.runs.paths import RunPaths
 
-RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "R@mean")
+RECALLS = ("R@mean", "IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 GALLERY = 60  # maximum number of pairs in the gallery
+FIRST = 8  # number of pairs of all subsets that are shown at once; the others are folded away
 EXACT_BYTES = 1_500_000  # galleries with fewer bytes of pixels are stored losslessly as PNG
 SIDE = 96  # side in pixels of the images of larger galleries, stored as JPEG
 STRONGEST = 3  # number of largest off-diagonal similarities that are listed under a heat map
@@ -70,8 +71,9 @@ def write_report(
         "order": in_words(distilled.order, distilled.between) if len(distilled.subsets) > 1 else "",
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
-        "results_plot": Markup(plots.results(_bars(name, distilled, evaluation))),
+        "bars": _bars(name, distilled, evaluation),
         "gallery": _gallery(paths, distilled),
+        "first_pairs": max(2, FIRST // len(distilled.subsets)),
         "moved": [
             sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
             for s in distilled.subsets
@@ -185,17 +187,26 @@ def _labels(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> d
     }
 
 
-def _bars(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[tuple[str, float, float]]:
+def _bars(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one bar per row of the result table: R@mean on test and its spread, in percent of the longest bar."""
     scores = {row: evaluation["table"][row]["test_last"]["R@mean"] for row in ("random", distilled.method, "full")}
+    kinds = {"random": "random", distilled.method: "ours", "full": "full"}
     labels = _labels(name, distilled, evaluation)
-    return [(labels[row], s["mean"], math.nan if _no_spread(s) else s["std"]) for row, s in scores.items()]
+    share = 100 / max(1.0, *(score["mean"] + _spread(score) for score in scores.values()))
+    bars = []
+    for row, score in scores.items():
+        low, high = max(0.0, score["mean"] - _spread(score)), score["mean"] + _spread(score)
+        lengths = {"width": score["mean"] * share, "left": low * share, "spread": (high - low) * share}
+        percent = {part: f"{max(0.0, length):.1f}" for part, length in lengths.items()}
+        bars.append({"label": labels[row], "kind": kinds[row], "value": f"{score['mean']:.1f}", **percent})
+    return bars
 
 
 def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the result table in groups, one for each split and scoring protocol."""
     labels, table = _labels(name, distilled, evaluation), evaluation["table"]
     titles = {
-        "test_last": "Test, read once after the last pass (test_last)",
+        "test_last": "Test, read once after the last training pass (test_last)",
         "val": "Validation split, on which all choices were made (val)",
         "test_best_reference": "The best pass, picked on the test set (test_best_reference): "
         "the papers' protocol, only for comparison with their numbers",

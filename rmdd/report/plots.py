@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 IMAGE, TEXT, REST = "#e8590c", "#1c7ed6", "#868e96"  # colours that are readable on white and on near-black
 FULL = "#2f9e44"
 INK = "#010203"  # placeholder that is replaced by the page's text colour
+LEGEND = 40  # maximum number of letters of a legend with one row; longer legends have two columns
 POINTS = 75  # maximum number of points of a curve; longer curves are averaged in bins
 CELLS = 160  # maximum number of rows of a heat map; larger matrices are averaged in blocks
 
@@ -57,7 +58,8 @@ class Drawing:
         buffer = io.StringIO()
         with matplotlib.rc_context(STYLE):
             if labels := self.ax.get_legend_handles_labels()[1]:
-                self.figure.legend(loc="outside lower center", ncols=len(labels))
+                columns = len(labels) if sum(map(len, labels)) <= LEGEND else 2
+                self.figure.legend(loc="outside lower center", ncols=columns)
             no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             self.figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         return _inline(buffer.getvalue(), self.title)
@@ -74,24 +76,6 @@ def _inline(svg: str, title: str) -> str:
     shape = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{title}"'
     svg = re.sub(r"<svg[^>]*>", f"<svg {shape}>", svg, count=1)
     return svg.replace(INK, "currentColor")
-
-
-def results(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Draw one horizontal bar per (name, mean, spread) in `rows`; if a spread is NaN, its bar has no error bar."""
-    drawing = Drawing("R@mean on test", size=(6.4, 0.5 + 0.42 * len(rows)))
-    ax, colours = drawing.ax, [REST, IMAGE, FULL]
-    with matplotlib.rc_context(STYLE):
-        for i, (_, mean, spread) in enumerate(rows):
-            error = None if math.isnan(spread) else spread
-            ax.barh(i, mean, 0.62, color=colours[i % 3], xerr=error, error_kw={"ecolor": INK, "capsize": 3, "lw": 1})
-            end = (mean + (error or 0), i)
-            ax.annotate(f"{mean:.1f}", end, (6, 0), textcoords="offset points", va="center", weight="bold")
-        ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
-        ax.set_xlim(0, 1.12 * max(max(mean + (0 if math.isnan(spread) else spread) for _, mean, spread in rows), 1))
-        ax.invert_yaxis()
-        ax.spines["left"].set_visible(False)
-        ax.tick_params(axis="y", length=0, labelsize=9)
-    return drawing.svg()
 
 
 def curves(

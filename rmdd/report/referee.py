@@ -53,7 +53,7 @@ def _certainty(evaluation: Mapping[str, Any], labels: Mapping[str, str], recalls
         (f"{labels.get(row, row)} minus random pairs [95 %]", *(between(scores[r], "+") for r in recalls))
         for row, scores in certainty["minus_random"].items()
     ]
-    note = f"Intervals over {certainty['over']}. Differences are paired: both scores use the same images."
+    note = f"{certainty['over']}. Differences are paired: both scores use the same images."
     return {"title": "Uncertainty", "heads": ("", *recalls), "rows": rows, "note": note}
 
 

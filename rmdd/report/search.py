@@ -20,16 +20,19 @@ Rows = Sequence[Mapping[str, Any]]
 """One row per trial, as written by `rmdd.searches.table`, in the order of the trial numbers."""
 
 BEST = " The run file of the best trial is best.yaml in the folder of this page."
+FIRST = 10
+"""Number of trials with the best val R@mean that the page shows at once; the others are folded away."""
 LABEL = 18
 """Maximum length of the label of a searched value on an axis; the table on the page has the full text."""
 
 HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
 :root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-.plots {{ display: flex; flex-wrap: wrap; gap: 1rem }} .plots svg {{ width: 22rem }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }}
+.plots {{ display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0 }} .plots svg {{ width: 22rem; max-width: 100% }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-.table {{ overflow-x: auto }}
+.table {{ overflow-x: auto; overflow-wrap: normal }} summary {{ cursor: pointer; margin: 1rem 0 }}
 th, td {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884 }} .best {{ font-weight: 700 }}
 </style></head><body>
 """
@@ -59,12 +62,12 @@ def write_page(
         HEAD.format(title=escape(title)),
         f"<h1>{escape(title)}</h1><p>{escape(states)}. Val R@mean in %; test was not read. "
         f"Sampler {rule.sampler}, pruner {rule.pruner}.{BEST if best else ''}</p>",
+        _rows(list(rule.space), rows, best),
         f"<p>The importance of a field is estimated from {len(done)} finished trials (fANOVA); with few trials it is "
         "unreliable.</p>"
         if shares
         else "",
         f'<div class="plots">{"".join(drawings)}</div>',
-        _rows(list(rule.space), rows, best),
         "</body></html>\n",
     ]
     with atomic_path(path) as temporary:
@@ -72,10 +75,19 @@ def write_page(
 
 
 def _rows(fields: Sequence[str], rows: Rows, best: Sequence[int]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("trial", "state", *fields, "val", "iterations"))
+    """Return the table of all trials, best val R@mean first; all but the first trials are folded away."""
+    rows = sorted(rows, key=lambda row: -1.0 if row["val"] is None else row["val"], reverse=True)
+    table = _table(fields, rows[:FIRST], best)
+    if others := rows[FIRST:]:
+        table += f"<details><summary>{len(others)} more trials</summary>{_table(fields, others, best)}</details>"
+    return table
+
+
+def _table(fields: Sequence[str], rows: Rows, best: Sequence[int]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("trial", "val", "state", *fields, "iterations"))
     body = ""
-    for row in sorted(rows, key=lambda row: -1.0 if row["val"] is None else row["val"], reverse=True):
-        cells = [row["number"], row["state"], *(row["values"].get(f, "") for f in fields), row["val"]]
+    for row in rows:
+        cells = [row["number"], row["val"], row["state"], *(row["values"].get(f, "") for f in fields)]
         cells.append(row["cost"].get("iterations", ""))
         style = ' class="best"' if row["number"] in best else ""
         body += f"<tr{style}>" + "".join(f"<td>{escape(_word(cell))}</td>" for cell in cells) + "</tr>\n"

@@ -8,15 +8,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, HEIGHT, open_browser
 
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.comparisons import tables
+from rmdd.comparisons.results import RECALLS
 from rmdd.core.files import append_jsonl, write_json
 from rmdd.distill import similarity
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
+from rmdd.report.search import write_page
 from rmdd.runs.paths import RunPaths
 
 pytestmark = pytest.mark.usefixtures("ink")
@@ -175,38 +179,48 @@ def test_the_page_shows_the_scores(tmp_path):
     facts = ("1,234", "picked on the test set", "infonce", "0.3", "1.2 min", "1.1 h", "3.0 MiB", "0.25 s", "0.138")
     for fact in facts:
         assert fact in text
+    places = [text.index(part) for part in ("<th>R@mean", "<th>IR@1", "<img", "All scores", "val)")]
+    assert places == sorted(places)  # R@mean stands first, and pictures stand before the other tables
 
 
 def spans(mean):
     return {name: {"mean": mean, "low": mean - 1.5, "high": mean + 2.5} for name in score(0)}
 
 
-def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
-    evaluation = evaluation_of([40])
-    (tmp_path / "bare").mkdir()
-    bare = page_of(tmp_path / "bare", evaluation)
-    assert "Uncertainty" not in bare and "Gain from picking on test" not in bare and "LRS" not in bare
-    evaluation["certainty"] = {
-        "over": "images of test",
-        "test_last": {"random": spans(18.0), "ptm_st": spans(34.0)},
-        "minus_random": {"ptm_st": spans(16.25)},
-    }
-    picked = {"protocol": "lors", "reported": "best", "scorings": 11, "minus_test_last": 2.5, "minus_own_last": 0.75}
-    evaluation["reference"] = picked
-    evaluation["size"] = {"pairs": 5, "set_bytes": 61440}
+def full_evaluation(iterations):
+    """Return an evaluation with every optional section: intervals, reference protocol, scores and size."""
     points = {key: {"mean": 7.5, "low": -1.0, "high": 9.0} for key in ("HLR", "IOR", "augmented", "plain")}
-    evaluation["scores"] = {"points": points, "LRS": 28.25, "ARS": 31.5, "augment": "dsa", "similarity": "identity"}
+    return evaluation_of(
+        iterations,
+        certainty={
+            "over": "95 % intervals",
+            "test_last": {"random": spans(18.0), "ptm_st": spans(34.0)},
+            "minus_random": {"ptm_st": spans(16.25)},
+        },
+        reference={
+            "protocol": "lors", "reported": "best", "scorings": 11, "minus_test_last": 2.5, "minus_own_last": 0.75,
+        },
+        size={"pairs": 5, "set_bytes": 61440},
+        scores={"points": points, "LRS": 28.25, "ARS": 31.5, "augment": "dsa", "similarity": "identity"},
+    )  # fmt: skip
+
+
+def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
+    (tmp_path / "bare").mkdir()
+    bare = page_of(tmp_path / "bare", evaluation_of([40]))
+    assert "Uncertainty" not in bare and "Gain from picking on test" not in bare and "LRS" not in bare
+    evaluation = full_evaluation([40])
     clocks = {"seconds_per_iteration": 0.125, "iterations_timed": 1500, "gpus": 2, "gpu_hours": 3.5}
     write_json(tmp_path / "cost.json", clocks | {"distill_gpu_hours": 1.25})
     text = page_of(tmp_path, evaluation)
     Page(text)
     for text_shown in (
-        "34.0 [32.5, 36.5]",
-        "+16.2 [+14.8, +18.8]",
+        "<td>34.0 <small>[32.5, 36.5]</small></td>",
+        "<td>+16.2 <small>[+14.8, +18.8]</small></td>",
         "best of 11",
         "+2.5",
         "+0.8",
-        "+7.5 [-1.0, +9.0]",
+        "<td>+7.5 <small>[-1.0, +9.0]</small></td>",
         "31.5",
     ):
         assert text_shown in text
@@ -294,3 +308,61 @@ def test_durations(value, text):
 def test_heat_maps_of_many_pairs_are_averaged_in_blocks():
     svg = plots.heat_map(np.full((2 * plots.CELLS + 1,) * 2, 0.5), 1.0)
     assert len(svg) < 100_000 and "<image" in svg
+
+
+# -- in a browser ---------------------------------------------------------------------------------------------------
+
+LAID_OUT = """({
+    width: document.documentElement.scrollWidth,
+    table: document.querySelector("table").getBoundingClientRect().top,
+    picture: document.querySelector("img, svg")?.getBoundingClientRect().top ?? 0,
+    score: [...document.querySelector("table").rows[0].cells].find(
+        (cell) => ["R@mean", "val", "val R@mean"].includes(cell.textContent)).getBoundingClientRect().right,
+    row: Math.max(...[...document.querySelectorAll("tr")].map((row) => row.getBoundingClientRect().height)),
+})"""
+"""Returns from a page its width, the tops of its first table and picture, the right edge of the column of the first
+score, and the height of its highest table row, all in pixels."""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Fixture: a page of a run with many subsets, of a search and of a comparison."""
+    folder = tmp_path_factory.mktemp("pages")
+    run, paths, path = make_run(folder, pairs=(30, 20, 20))
+    evaluation = full_evaluation([40, 40, 40])
+    write_report(folder / "run.html", run, paths, path, evaluation, {"distill": 4000.0}, HEALTH)
+    space = {f"distill.{name}": {"loguniform": [1, 10000]} for name in ("lr_image", "lr_text", "lr_similarity")}
+    searched = config.load({"extends": "demo", "search": {"trials": 20, "space": space}})
+    rows = [
+        {"number": n, "state": "complete", "val": 10.0 + n, "cost": {"iterations": 100}}
+        | {"values": dict.fromkeys(space, 10.0 + n)}
+        for n in range(20)
+    ]
+    write_page(folder / "search.html", HOSTILE, searched.search, rows, [19], dict.fromkeys(space, 1 / 3))
+    columns = ("trained on", "method", "n", "val R@mean", "test R@mean", *RECALLS, "difference to random pairs")
+    table = tables.ResultTable("Results", columns, [(f"set {n}", "ptm_st", *["20.1 ± 3.6"] * 10) for n in range(4)])
+    (folder / "comparison.html").write_text(tables.page("demo", [table, table]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with open_browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("width", HEIGHT)
+@pytest.mark.parametrize("name", ["run", "search", "comparison"])
+def test_pages_fit_a_phone_and_a_laptop(browser, pages, name, width):
+    """Check that first the scores, then the pictures are on the first two screens, and that a table alone scrolls."""
+    browser.show(pages / f"{name}.html", width)
+    laid_out = browser.value(LAID_OUT)
+    assert laid_out["width"] <= width
+    assert laid_out["table"] < 2 * HEIGHT[width]
+    assert laid_out["picture"] < 2 * HEIGHT[width]
+    assert laid_out["score"] <= width
+    assert laid_out["row"] < 170  # in a column of one letter per line, a label of 30 letters has 750 pixels
+    assert browser.errors == []
+    assert all(url.startswith(("file:", "data:")) for url in browser.requests)
