@@ -1,9 +1,8 @@
 """rmdd distils an image-text dataset into a few hundred synthetic pairs.
 
 >>> import rmdd
->>> run = rmdd.load_config("demo", ["seed=1"])  # a preset's name, a YAML file or a mapping
->>> rmdd.run(run)  # doctest: +SKIP
->>> distilled = rmdd.load("runs/demo-0123abcd/set")  # doctest: +SKIP
+>>> result = rmdd.run("demo", ["seed=1"])  # a preset's name, a YAML file or a mapping  # doctest: +SKIP
+>>> distilled = rmdd.load(result.set)  # doctest: +SKIP
 >>> pairs = distilled.as_dataset()  # doctest: +SKIP
 
 `import rmdd` is fast: torch, transformers and ray are imported on first use.

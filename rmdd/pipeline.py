@@ -6,7 +6,7 @@ a hash of the settings that the result depends on, so runs that differ only in e
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from rmdd.execution.backend import Backend, hold_folders, open_backend
 from rmdd.experts.store import Store
 from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.report.page import headline, write_report
+from rmdd.report.rows import score_rows
 from rmdd.report.sheets import draw_plan
 from rmdd.runs.gate import is_gated
 from rmdd.runs.items import TaskItem
@@ -35,7 +36,7 @@ T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Paths and scores of a finished run."""
 
@@ -49,6 +50,20 @@ class Result:
     """Scores and chosen settings, as stored in `evaluation.json`."""
     seconds: dict[str, float]
     """Wall-clock seconds of each step, by the name of the step, summed over all starts of the run."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.report.parent
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of the table that `rmdd run` prints: `trained on`, `protocol`, and mean and spread of each recall."""
+        return score_rows(self.evaluation)
+
+    def __repr__(self) -> str:
+        scores = [f"{r['trained on']} {r['test R@mean']:.1f}" for r in self.table if r["protocol"] == "test_last"]
+        return f"Result({self.folder}: test R@mean {', '.join(scores)})"
 
 
 def once(step: Callable[[Any], T]) -> Callable[[Any], T]:
@@ -252,7 +267,12 @@ def open_pipeline(run: config.Run, progress: Progress | None = None) -> Iterator
         yield Pipeline(run, backend, progress)
 
 
-def run(run: config.Run, progress: Progress | None = None) -> Result:
-    """Execute all steps of a run and return its results. To resume an interrupted run, pass it again."""
-    with open_pipeline(run, progress) as pipeline:
+def run(source: config.Source, overrides: Iterable[str] = (), progress: Progress | None = None) -> Result:
+    """Execute all steps of a run and return its results. To resume an interrupted run, pass it again.
+
+    >>> rmdd.run("demo", ["distill.seed=1"])  # doctest: +SKIP
+
+    `rmdd.load_config` explains `source` and `overrides`.
+    """
+    with open_pipeline(config.load(source, overrides), progress) as pipeline:
         return pipeline.all()

@@ -1,5 +1,6 @@
 """Check one run in this process: reuse of finished work, errors, and results."""
 
+import io
 import json
 import shutil
 import signal
@@ -10,11 +11,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from tiny import go
 
 import rmdd
 from rmdd import config
 from rmdd import pipeline as pipeline_module
+from rmdd.cli.console import result_table
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
@@ -116,6 +119,40 @@ def test_the_exported_set_loads_and_trains(finished):
     assert all(torch.isfinite(t).all() for s in distilled.subsets for t in (s.images, s.texts, *s.similarity.values()))
     table = json.loads((run_folder(load(finished)) / "evaluation.json").read_text())["table"]
     assert distilled.metrics["ptm_st"]["val"]["R@mean"] == table["ptm_st"]["val"]["R@mean"]
+
+
+def test_a_run_starts_from_a_mapping_a_file_a_preset_and_a_run(storage, tmp_path):
+    raw, file = tiny.stored(storage, TINY), tmp_path / "mine.yaml"
+    run = config.load(raw)
+    file.write_text(config.dump(run))
+    forms = [(raw, []), (file, [f"runtime.storage={storage}"]), (run, [])]
+    results = [rmdd.run(form, overrides, progress=Progress(quiet=True)) for form, overrides in forms]
+    assert {result.folder for result in results} == {run_folder(run)}
+    with pytest.raises(config.ConfigError, match=r"demo: 1 mistake(.|\n)*experts.num"):
+        rmdd.run("demo", ["experts.num=0"])
+    assert rmdd.load_config(run) is run and rmdd.load_config(run, ["seed=3"]).seed == 3
+
+
+def test_the_result_of_a_run_has_its_folder_and_the_rows_of_the_printed_table(storage):
+    result = go(load(storage))
+    assert result.folder == run_folder(load(storage)) and (result.folder / "run.yaml").is_file()
+    assert [row["trained on"] for row in result.table] == ["random pairs", "PTM-ST", "full data"]
+    table = json.loads((result.folder / "evaluation.json").read_text())["table"]
+    for row, scores in zip(result.table, table.values(), strict=True):
+        assert row["protocol"] == "test_last" and row["val R@mean"] == scores["val"]["R@mean"]["mean"]
+        assert (row["TR@5"], row["TR@5 spread"]) == tuple(scores["test_last"]["TR@5"][k] for k in ("mean", "std"))
+    console = Console(width=160, file=io.StringIO())
+    console.print(result_table(result.evaluation))
+    assert all(f"{row['test R@mean']:.1f}" in console.file.getvalue() for row in result.table)
+
+
+def test_reprs_are_short_lines(finished):
+    result = go(load(finished))
+    distilled = rmdd.load(result.set)
+    for value in (result, distilled, distilled.subsets[0], distilled.as_dataset(), load(finished)):
+        assert "\n" not in repr(value) and len(repr(value)) < 200, repr(value)
+    assert "4 + 4 pairs, method ptm_st" in repr(distilled) and "images 3 x 16 x 16" in repr(distilled.subsets[0])
+    assert f"{result.table[1]['test R@mean']:.1f}" in repr(result)
 
 
 STEPS = ("ingest", "locate", "embed", "experts", "check_budget", "plan", "begin_phases", "distill", "probes")

@@ -32,7 +32,7 @@ PREVIEW, CARD = "preview.png", "README.md"
 AS_WRITTEN = ("model", "method", "loss", "config", "provenance", "metrics")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subset:
     """The M distilled pairs of one phase. Students train on the subsets of a set in the order that the set states.
 
@@ -73,6 +73,11 @@ class Subset:
             if not t.isfinite().all():
                 raise ValueError(f"{name} holds {int((~t.isfinite()).sum())} numbers that are not finite")
 
+    def __repr__(self) -> str:
+        kind = self.kind + (f" of rank {self.rank}" if self.rank else "")
+        shape = " x ".join(map(str, self.images.shape[1:]))
+        return f"Subset({self.pairs} pairs, images {shape}, texts of width {self.texts.shape[1]}, similarity {kind})"
+
     @property
     def pairs(self) -> int:
         return len(self.images)
@@ -98,7 +103,7 @@ class Subset:
         return named | {f"similarity.{n}": t for n, t in self.similarity.items()} | rates
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DistilledSet:
     """A distilled set: subsets in training order, and the information needed to use and to reproduce the set."""
 
@@ -128,6 +133,10 @@ class DistilledSet:
         if len(shapes) != 1:
             actual = shapes or "no subsets"
             raise ValueError(f"subsets must share image shape, text width and kind of similarity; found {actual}")
+
+    def __repr__(self) -> str:
+        counts = " + ".join(str(s.pairs) for s in self.subsets)
+        return f"DistilledSet({counts} pairs, method {self.method}, loss {self.loss}, image_size {self.image_size})"
 
     @property
     def num_pairs(self) -> int:
@@ -267,6 +276,9 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, subsets: Sequence[Subset], image_size: int, chosen: Iterable[int]):
         self.subsets, self.image_size = subsets, image_size
         self.positions = [(k, i) for k in chosen for i in range(subsets[k].pairs)]
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self)} pairs, image_size {self.image_size})"
 
     def __len__(self) -> int:
         return len(self.positions)

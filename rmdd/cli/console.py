@@ -10,11 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rmdd.config import as_yaml
-from rmdd.config.recipes import TITLES
 from rmdd.report import referee
+from rmdd.report.rows import COLUMNS, NAMES, score_rows
 
-METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
-NAMES = {"random": "random pairs", "full": "full data", **TITLES}
 PAD = "  "
 TABLE_WIDTH = 80
 """Width in characters of the tables of methods and of presets."""
@@ -56,17 +54,15 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
     table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
-    for column in ("val R@mean", "test R@mean", *METRICS):
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    rows = evaluation["table"]
-    for name, row in rows.items():
-        on_test = (_spread(row["test_last"][m]) for m in ("R@mean", *METRICS))
-        table.add_row(NAMES.get(name, name), _spread(row["val"]["R@mean"]), *on_test)
-    for name, row in rows.items():
-        if picked := row.get("test_best_reference"):
+    for row in score_rows(evaluation):
+        cells = [_spread({"mean": row[c], "std": row[f"{c} spread"]}) if c in row else "" for c in COLUMNS]
+        picked = row["protocol"] == "test_best_reference"
+        if picked:
             table.add_section()
-            on_test = (_spread(picked[m]) for m in ("R@mean", *METRICS))
-            table.add_row(f"{NAMES.get(name, name)}, {PICKED_ON_TEST}", "", *on_test, style="dim")
+        label = f"{row['trained on']}, {PICKED_ON_TEST}" if picked else row["trained on"]
+        table.add_row(label, *cells, style="dim" if picked else None)
     return table
 
 

@@ -1,8 +1,5 @@
 """Load the run that a command line names: a preset, a run file or a run folder, with absolute paths."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import yaml
 
 from rmdd import config
@@ -11,7 +8,7 @@ from rmdd.core.storage import is_uri, run_folder
 from rmdd.runs.absolute import with_absolute_paths
 
 
-def load(source: str | Mapping[str, Any], sets: list[str]) -> config.Run:
+def load(source: config.Source, sets: list[str]) -> config.Run:
     """Load a run and make its paths absolute, so that the run can be resumed from any working folder.
 
     The run's hash contains the paths of local weights and text encoders, so a run with different paths is a new run.

@@ -20,12 +20,11 @@ from rmdd.runs import cost as estimate
 
 SCHEMA_VERSION = 1
 DESCRIPTION, RESULTS = "comparison.json", "results.json"
-Source = str | Path | Mapping[str, Any] | config.Run
-Load = Callable[[str | Mapping[str, Any], list[str]], config.Run]
+Load = Callable[[config.Source, list[str]], config.Run]
 SPREAD = "mean ± sample standard deviation over students"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComparisonResult:
     """The result of a comparison: its folder, its rows, and published results of the same size."""
 
@@ -40,6 +39,9 @@ class ComparisonResult:
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "error" in row]
+
+    def __repr__(self) -> str:
+        return f"ComparisonResult({self.folder}: {', '.join(row['name'] for row in self.rows)})"
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def words_of(entries: Iterable[Entry]) -> list[str]:
 
 def compare(
     words: Iterable[str | Path],
-    source: Source | None = None,
+    source: config.Source | None = None,
     overrides: Iterable[str] = (),
     *,
     against: str | None = None,
@@ -200,7 +202,7 @@ def compare(
 
 def prepare_comparison(
     words: Sequence[str],
-    source: Source | None,
+    source: config.Source | None,
     overrides: list[str],
     against: str | None = None,
     reencode: bool = False,
@@ -223,7 +225,7 @@ def prepare_comparison(
 
 def protocol_of(
     entries: Sequence[Entry],
-    source: Source | None,
+    source: config.Source | None,
     overrides: list[str],
     load: Load,
 ) -> config.Run:
@@ -232,12 +234,12 @@ def protocol_of(
     return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"probes": {}})})
 
 
-def _protocol_of(entries: Sequence[Entry], source: Source | None, overrides: list[str], load: Load) -> config.Run:
-    if isinstance(source, config.Run):
-        source = source.model_dump(mode="json")
+def _protocol_of(
+    entries: Sequence[Entry], source: config.Source | None, overrides: list[str], load: Load
+) -> config.Run:
     if source is not None:
-        run = load(source if isinstance(source, Mapping) else str(source), overrides)
-        return with_planned_phases(run, str(source) if not isinstance(source, Mapping) else "comparison")
+        where = str(source) if isinstance(source, str | Path) else "comparison"
+        return with_planned_phases(load(source, overrides), where)
     for entry in entries:
         if (raw := source_run(entry)) is not None:
             return load(raw, overrides)

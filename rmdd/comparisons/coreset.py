@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,8 @@ PREVIEWED = 64
 
 
 def coreset(
-    run: config.Run | str | Path | dict[str, Any],
+    source: config.Source,
+    overrides: Iterable[str] = (),
     *,
     progress: "Progress | None" = None,
     ranks: int | None = None,
@@ -51,11 +52,11 @@ def coreset(
 
     >>> rmdd.coreset("demo", method="herding", pairs=100)  # doctest: +SKIP
 
-    `ranks` is the number of workers among which the features are divided. Raises `ConfigError` that lists all mistakes.
+    `rmdd.load_config` explains `source` and `overrides`. `ranks` is the number of workers among which the features are
+    divided. Raises `ConfigError` that lists all mistakes.
     """
     checked = choice_of(choice)
-    run = run if isinstance(run, config.Run) else config.load(run)
-    with open_pipeline(checked.prepared(run), progress) as pipeline:
+    with open_pipeline(checked.prepared(config.load(source, overrides)), progress) as pipeline:
         return choose(pipeline, checked, ranks)[0]
 
 

@@ -30,7 +30,7 @@ TEXTS = ("method", "rates", "choice", "text encoder", "encoders", "protocol", "s
 """Names of the columns that hold text, which is aligned to the left."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResultTable:
     """A table of text cells with a title and notes."""
 
@@ -41,6 +41,9 @@ class ResultTable:
     """Sentences below the table that explain its columns."""
     apart: bool = False
     """Whether the table holds published results, which are shown separately."""
+
+    def __repr__(self) -> str:
+        return f"ResultTable({self.title}: {len(self.rows)} rows, {len(self.columns)} columns)"
 
     def aligned_left(self) -> list[bool]:
         """Return for each column of the table whether its cells are aligned to the left."""

@@ -20,7 +20,6 @@ from rmdd.comparisons.compare import (
     SCHEMA_VERSION,
     SPREAD,
     Load,
-    Source,
     protocol_of,
     rate,
     unbuildable,
@@ -37,7 +36,7 @@ from rmdd.execution.backend import Backend, hold_folders, open_backend
 POOLINGS = ("cls", "mean")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TransferResult:
     """The result of a transfer: its folder, its rows of scores, and their means."""
 
@@ -52,6 +51,9 @@ class TransferResult:
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "error" in row]
+
+    def __repr__(self) -> str:
+        return f"TransferResult({self.folder}: {len(self.rows)} rows, {len(self.failed)} failed)"
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _absolute(word: str) -> str:
 def transfer(
     set_: str | Path,
     to: Iterable[str],
-    source: Source | None = None,
+    source: config.Source | None = None,
     overrides: Iterable[str] = (),
     *,
     random: bool = False,
@@ -256,7 +258,7 @@ def transfer(
 def prepare_transfer(
     word: str,
     to: Sequence[str],
-    source: Source | None,
+    source: config.Source | None,
     overrides: list[str],
     *,
     random: bool = False,

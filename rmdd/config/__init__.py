@@ -77,6 +77,11 @@ class Run(Section):
     search: Search = Search()
     runtime: Runtime = Runtime()
 
+    def __repr__(self) -> str:
+        return f"Run({self.folder_name}: method {self.distill.method}, source {self.data.source}, seed {self.seed})"
+
+    __str__ = __repr__
+
     def clashes(self) -> list[Clash]:
         mistakes = view_clashes(self.evaluate.probes, self.data)
         image = self.model.image
@@ -209,8 +214,12 @@ class Run(Section):
         return fixed
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Run:
-    """Load a run from a preset name, a YAML file or a mapping, apply overrides such as `a.b=c`, and check it.
+Source = str | Path | Mapping[str, Any] | Run
+"""Where a run can be loaded from: the name of a preset, the path of a YAML file, a mapping, or a run."""
+
+
+def load(source: Source, overrides: Iterable[str] = ()) -> Run:
+    """Load a run from a preset name, a YAML file, a mapping or a run; apply overrides such as `a.b=c`, and check it.
 
     Fields missing from the run file get the values of the file that it `extends`, then the defaults of its
     `distill.method`, then the general defaults. An override of `distill.method` also sets the defaults of that method.
@@ -219,12 +228,16 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 
     Raises a `ConfigError` that lists all mistakes.
     """
+    overrides = list(overrides)
+    if isinstance(source, Run):
+        if not overrides:
+            return source
+        source = source.model_dump(mode="json")
     if isinstance(source, Mapping):
         where, raw = "run", extended(copy.deepcopy(dict(source)), Path(), "run")
     else:
         where, raw = str(source), read(source)
     mistakes: list[str] = []
-    overrides = list(overrides)
     method, unknown = _method_of(raw, overrides)
     method_defaults = {} if method is None else method.defaults
     if method is not None and method is not _method_of(raw, [])[0]:

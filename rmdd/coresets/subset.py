@@ -13,7 +13,7 @@ DESCRIPTION, PREVIEW = "subset.json", "preview.png"
 MAX_SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coreset:
     """A coreset: real pairs in the order in which they were chosen."""
 
@@ -31,6 +31,9 @@ class Coreset:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"Coreset({len(self)} pairs of unit {self.unit}, method {self.method}, seed {self.seed})"
 
     def save(self, folder: Path | str) -> Path:
         folder = Path(folder)

@@ -4,7 +4,7 @@ The dataset is ingested and the experts are trained once for all trials. Then tr
 They run in parallel with Ray Tune, or one at a time. `rmdd.searches.study` chooses values and stops poor trials.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from rmdd.searches.trial import SPLITS, open_trial
 from rmdd.searches.warm_start import COMPARED_SECTIONS, earlier_trials
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """Result of a search: its folder, a table with a row per trial, and the errors of failed trials."""
 
@@ -37,6 +37,9 @@ class SearchResult:
     table: TrialTable
     failures: dict[str, str]
     """Error message of each trial that failed in this call, by the trial's name; the next call resumes these trials."""
+
+    def __repr__(self) -> str:
+        return f"SearchResult({self.folder}: {self.table}, {len(self.failures)} failures)"
 
 
 def search_folder(base: config.Run) -> Path:
@@ -95,9 +98,7 @@ def base_run_in(folder: Path | str) -> config.Run | None:
     return config.load({**run, "runtime": {**run["runtime"], "storage": storage}})
 
 
-def search(
-    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), progress: Progress | None = None
-) -> SearchResult:
+def search(source: config.Source, overrides: Iterable[str] = (), progress: Progress | None = None) -> SearchResult:
     """Run the hyper-parameter search that the section `search` of a run file describes.
 
     >>> rmdd.search("demo", ["search.space={distill.lr_image: {loguniform: [10, 10000]}}"])  # doctest: +SKIP

@@ -45,7 +45,7 @@ class Member:
         return self.name or " ".join(f"{key}={_word(value)}" for key, value in self.settings.items()) or self.run.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """Scores of all runs of a sweep."""
 
@@ -58,6 +58,9 @@ class SweepResult:
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self.runs if "error" in row]
+
+    def __repr__(self) -> str:
+        return f"SweepResult({self.folder}: {len(self.runs)} runs, {len(self.failed)} failed)"
 
 
 def members(
@@ -140,13 +143,15 @@ def members_in(folder: Path | str) -> list[Member]:
 
 
 def sweep(
-    source: str | Path | Mapping[str, Any],
+    source: config.Source,
     over: Mapping[str, Sequence[Any]],
     overrides: Iterable[str] = (),
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run the run file `source` with each mapping in `settings` and each combination of the values in `over`.
+    """Run `source` with each mapping in `settings` and each combination of the values in `over`.
+
+    `rmdd.load_config` explains `source` and `overrides`.
 
     >>> rmdd.sweep("demo", {"distill.seed": [0, 1], "distill.loss": ["infonce", "wbce"]})  # doctest: +SKIP
 

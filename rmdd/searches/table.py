@@ -29,7 +29,7 @@ STATES = {
 COSTS = ("iterations", "seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrialTable:
     """The results of all trials of a search."""
 
@@ -45,6 +45,10 @@ class TrialTable:
         """Row of the trial with the best val R@mean (if equal, the first trial); None if no trial has finished."""
         rows = [row for row in self.rows if row["number"] in self.best]
         return max(rows, key=lambda row: row["val"], default=None)
+
+    def __repr__(self) -> str:
+        best = f", best val R@mean {self.winner['val']:.1f}" if self.winner else ""
+        return f"TrialTable({len(self.rows)} trials{best})"
 
 
 def write_table(loader: TrialLoader, folder: Path, study: optuna.Study) -> TrialTable:

@@ -8,7 +8,6 @@ from tiny import QUIET, changed, stored
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import rmdd
-from rmdd import config
 
 TINY = changed(
     name="one",
@@ -44,7 +43,7 @@ def two_runs(tmp_path_factory):
     """Fixture: the folder of a storage with two finished runs."""
     storage = tmp_path_factory.mktemp("made") / "runs"
     for sections in ({}, OTHER):
-        rmdd.run(config.load(tiny(storage, **sections)), QUIET)
+        rmdd.run(tiny(storage, **sections), progress=QUIET)
     return storage
 
 

@@ -189,7 +189,7 @@ def test_a_set_is_learned_in_its_own_order(storage, between):
     one, _ = folders(storage)
     changes = [f"runtime.storage={storage}", "name=union", "evaluate.order=union", f"evaluate.between={between}"]
     run = config.load(one / "run.yaml", changes)
-    union = rmdd.run(run, QUIET).set.parent
+    union = rmdd.run(run, progress=QUIET).set.parent
     distilled = DistilledSet.load(union / "set")
     assert (distilled.order, distilled.between, distilled.stages) == ("union", between, ((0, 1),))
     assert "Students of the set train on all subsets at once" in (union / "report.html").read_text()

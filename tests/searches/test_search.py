@@ -86,7 +86,7 @@ def test_the_best_run_file_repeats_its_trial_bit_for_bit(shared_search, tmp_path
     result, storage, _ = shared_search
     best = result.table.winner
     run = config.load(result.folder / "best.yaml", [f"runtime.storage={tmp_path}"])
-    again = rmdd.run(run, QUIET)
+    again = rmdd.run(run, progress=QUIET)
     of_trials, repeated = (sorted(root.glob("phases/*/phase-0/set-*")) for root in (storage, tmp_path))
     content = {(p.parts[-3], p.name): p.read_bytes() for p in of_trials}
     assert len(repeated) == 3 and all(content[p.parts[-3], p.name] == p.read_bytes() for p in repeated)
@@ -184,7 +184,7 @@ def test_fields_of_a_plan_can_be_searched_but_not_those_of_its_phases(tmp_path):
     assert [row["state"] for row in result.table.rows] == ["complete"] * 2
     best = result.table.winner
     run = config.load(result.folder / "best.yaml", [f"runtime.storage={tmp_path / 'again'}"])
-    assert [v["R@mean"] for v in rmdd.run(run, QUIET).evaluation["selection"]["val"]] == best["curve"]
+    assert [v["R@mean"] for v in rmdd.run(run, progress=QUIET).evaluation["selection"]["val"]] == best["curve"]
     raw["search"]["space"] = {"distill.phases.0.endpoint": {"int": [1, 2]}}
     with pytest.raises(config.ConfigError, match=r"phases.0.endpoint: distill.phases is auto.*vary distill.plan.reach"):
         check(config.load(raw))

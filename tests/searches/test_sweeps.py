@@ -73,7 +73,7 @@ def test_the_table_has_a_row_per_run_and_the_spread_over_seeds(swept):
 def test_a_run_of_a_sweep_is_byte_identical_to_the_same_run_alone(swept, tmp_path):
     result, storage = swept
     alone = config.load(raw_of(tmp_path), [*METHODS, "distill.method=lors", "distill.seed=1"])
-    rmdd.run(alone, QUIET)
+    rmdd.run(alone, progress=QUIET)
     assert run_folder(alone).name == config.Path(result.runs[3]["folder"]).name
     sets = [sorted(root.glob("phases/*/phase-0/set-*")) for root in (tmp_path, storage)]
     assert sets[0][0].read_bytes() in [path.read_bytes() for path in sets[1]]
