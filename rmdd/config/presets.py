@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from rmdd.config.runfile import ConfigError, filled, parse
+from rmdd.config.runfile import ConfigError, filled, nested, parse
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -85,6 +85,7 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
     `extends` led to `raw`. Lists are not merged. Raises `ConfigError` when there is no such file, or when files extend
     each other in a circle.
     """
+    raw = nested(raw, where)
     name = raw.pop("extends", None)
     if "budgets" in raw:
         advice = "write the values of a single run, or start from a preset with `extends: flickr30k_lors_500`"

@@ -114,30 +114,50 @@ def apply(raw: dict[str, Any], override: str, defaults: Mapping[str, Any], mista
     except yaml.YAMLError:
         mistakes.append(f"--set {override}: '{text}' is not a YAML value; put it in quotes")
         return
+    put(raw, key, value, defaults, mistakes, f"--set {override}")
+
+
+def put(
+    raw: dict[str, Any], key: str, value: Any, defaults: Mapping[str, Any], mistakes: list[str], where: str
+) -> None:
+    """Put `value` into `raw`, in place, under the dotted name `key`; messages about a wrong name begin with `where`."""
     node: Any = raw
     default: Any = defaults
     *parents, last = key.split(".")
     for part in parents:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                mistakes.append(
-                    f"--set {override}: no entry '{part}'; the list has {len(node)} entries, counted from 0"
-                )
+                mistakes.append(f"{where}: no entry '{part}'; the list has {len(node)} entries, counted from 0")
                 return
             node = node[int(part)]
         else:
             default = default.get(part) if isinstance(default, Mapping) else None
             node = node.setdefault(part, copy.deepcopy(default) if isinstance(default, list) else {})
         if not isinstance(node, dict | list):
-            mistakes.append(f"--set {override}: '{part}' is a value, not a section")
+            mistakes.append(f"{where}: '{part}' is a value, not a section")
             return
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
-            mistakes.append(f"--set {override}: no entry '{last}'; the list has {len(node)} entries, counted from 0")
+            mistakes.append(f"{where}: no entry '{last}'; the list has {len(node)} entries, counted from 0")
             return
         node[int(last)] = value
     else:
         node[last] = value
+
+
+def nested(raw: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """Return a copy of a run file in which values under dotted keys, such as `distill.batch: 8`, are in their sections.
+
+    Such a value replaces the one that the section itself states. Raises `ConfigError` for a wrong name.
+    """
+    dotted = [key for key in raw if isinstance(key, str) and "." in key]
+    out = copy.deepcopy({key: value for key, value in raw.items() if key not in dotted})
+    mistakes: list[str] = []
+    for key in dotted:
+        put(out, key, raw[key], {}, mistakes, key)
+    if mistakes:
+        raise ConfigError(mistakes, where)
+    return out
 
 
 def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,21 @@ def test_values_of_the_extended_file_win_over_the_defaults_of_the_method(tmp_pat
     assert (run.distill.similarity.kind, run.distill.lr_image) == ("low_rank", 5000)
 
 
+def test_a_run_file_may_state_fields_by_their_dotted_names(tmp_path):
+    (tmp_path / "base.yaml").write_text("distill.batch: 9\ndata: {captions: {lowercase: false}}")
+    (tmp_path / "a.yaml").write_text(
+        "extends: base.yaml\ndistill: {steps: 3, batch: 7}\ndistill.steps: 4\ndata.captions.max_words: 5"
+    )
+    run, base = load(tmp_path / "a.yaml"), load(tmp_path / "base.yaml")
+    assert (run.distill.steps, run.distill.batch, base.distill.batch) == (4, 7, 9)
+    assert run.data.captions == config.Captions(lowercase=False, max_words=5)
+    assert load({"distill.batch": 9, "data.captions.lowercase": False}) == base
+    with pytest.raises(ConfigError, match=r"distill\.bacth: unknown key"):
+        load({"distill.bacth": 9})
+    with pytest.raises(ConfigError, match=r"seed\.x: 'seed' is a value, not a section"):
+        load({"seed": 1, "seed.x": 2})
+
+
 def test_errors_about_extends(tmp_path):
     for text, words in (
         ("extends: demoo", "extends: no preset 'demoo'; did you mean demo?"),
