@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from rmdd.artefact.distilled import CARD as CARD_FILE
 from rmdd.artefact.distilled import PREVIEW, DistilledSet
+from rmdd.config import recipes
 from rmdd.config.order import in_words
 from rmdd.data.images import denormalise
 
@@ -92,6 +94,9 @@ def script(distilled: DistilledSet) -> str:
             *(f"        {line}" for line in loss),
             "        optimizer.zero_grad(), loss.backward(), optimizer.step()",
             '        print(f"stage {k} step {step} loss {loss.item():.4f}")',
+            "def recall(x, y, k=1):",
+            "    best = (F.normalize(image(x)) @ F.normalize(text(y)).T).topk(k).indices",
+            "    return (best == torch.arange(len(x))[:, None]).any(1).float().mean().item()",
         ]
     )
 
@@ -103,9 +108,12 @@ def text(distilled: DistilledSet) -> str:
     size = distilled.image_size
     towers = {name: distilled.model.get(name, {}).get("name", "unknown") for name in ("image", "text")}
     counts = "+".join(str(s.pairs) for s in distilled.subsets)
-    data = distilled.config.get("data", {})
+    data, title = distilled.config.get("data", {}), distilled.config.get("name", "distilled set")
+    rates = "learned" if recipes.learns_rates(distilled.method) else "fixed"
     return CARD.format(
-        title=distilled.config.get("name", "distilled set"),
+        title=title,
+        pretty_name=json.dumps(f"{title}: {distilled.num_pairs} distilled image-text pairs", ensure_ascii=False),
+        size=next(name for limit, name in SIZES if distilled.num_pairs < limit),
         pairs=distilled.num_pairs,
         source=" ".join(filter(None, (data.get("source", "unknown"), data.get("layout")))),
         method=distilled.method,
@@ -129,6 +137,8 @@ def text(distilled: DistilledSet) -> str:
         in_pairs=budget["in_pairs"],
         results=_results(distilled) or "No scores were recorded.",
         provenance=_table(distilled.provenance, "item") or "No provenance was recorded.",
+        rates=rates,
+        rates_of=RATES[rates],
         similarity_row=SIMILARITY_ROWS[subset.kind],
         origin=_origin(distilled),
         licences=_licences(distilled.provenance.get("parts", [])),
@@ -137,7 +147,7 @@ def text(distilled: DistilledSet) -> str:
 
 
 def _results(distilled: DistilledSet) -> str:
-    """Return a Markdown table of retrieval scores, followed by a table of the remaining recorded scores."""
+    """Return Markdown tables of the scores: retrieval recalls, then every probe, then all other recorded scores."""
     data = distilled.provenance.get("data")
     pairs = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
     labels = {
@@ -145,19 +155,31 @@ def _results(distilled: DistilledSet) -> str:
         distilled.method: f"this set (`{distilled.method}`)",
         "full": f"all {pairs:,} training pairs" if pairs else "all training pairs",
     }
-    others, rows = dict(distilled.metrics), []
-    for name in labels.keys() & others.keys():
-        others[name] = {split: scores for split, scores in others[name].items() if split not in ("test_last", "val")}
-    for name, label in labels.items():
-        if name in distilled.metrics:
-            test, val = distilled.metrics[name]["test_last"], distilled.metrics[name]["val"]
-            cells = [_mean_and_std(test[recall]) for recall in RECALLS] + [_mean_and_std(val["R@mean"])]
-            rows.append(f"| {label} | {' | '.join(cells)} | {test['R@mean']['n']} |")
-    other_table = _table(others, "other score")
-    if not rows:
-        return other_table
-    head = f"| trained on | {' | '.join(RECALLS)} | R@mean on val | students |\n|---|{'---|' * (len(RECALLS) + 2)}"
-    return "\n\n".join(filter(None, ["\n".join([head, *rows]), RESULTS_NOTE, other_table]))
+    known = {row: scores for row, scores in distilled.metrics.items() if row in labels and "test_last" in scores}
+    if not known:
+        return _table(distilled.metrics, "score")
+    rows = [
+        [label, *(known[row]["test_last"][recall] for recall in RECALLS), known[row]["val"]["R@mean"]]
+        for row, label in labels.items()
+        if row in known
+    ]
+    if in_paper := known.get(distilled.method, {}).get("test_best_reference"):
+        rows.append(["this set, scored as in the paper of the method", *(in_paper.get(r) for r in RECALLS), None])
+    tables = [_score_table([*RECALLS, "R@mean on val"], rows), RESULTS_NOTE + (PAPER_NOTE if in_paper else "")]
+    for probe, scores in known.get(distilled.method, {}).get("probes", {}).items():
+        rows = [[label, *known[row]["probes"][probe].values()] for row, label in labels.items() if row in known]
+        tables += [f"Probe `{probe}`:", _score_table(list(scores), rows)]
+    others = {row: scores for row, scores in distilled.metrics.items() if row not in known}
+    return "\n\n".join(filter(None, [*tables, _table(others, "other score")]))
+
+
+def _score_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table; each row has a label, then one score (mean, std and n) per column, or None."""
+    lines = [f"| trained on | {' | '.join(columns)} | students |", f"|---|{'---|' * (len(columns) + 1)}"]
+    for label, *scores in rows:
+        cells = [_mean_and_std(score) if score else "" for score in scores]
+        lines.append(f"| {label} | {' | '.join(cells)} | {next(score['n'] for score in scores if score)} |")
+    return "\n".join(lines)
 
 
 def _mean_and_std(score: dict[str, Any]) -> str:
@@ -212,9 +234,28 @@ the first k results; TR@k is the share of images with one of their captions amon
 these six. Each row is the mean ± standard deviation over students with different seeds. All settings were chosen on
 val, and each student was scored on test once, after its last pass. `set.json` has all digits under `metrics`."""
 
+PAPER_NOTE = """ The last row
+repeats the paper's own way of scoring, for comparison with its numbers only."""
+
+SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (math.inf, "10K<n<100K"))
+"""Size categories of Hugging Face: a number of pairs below the limit, and the name."""
+
+RATES = {
+    "learned": "Its learning rates were learned\n  for this tower and plain SGD.",
+    "fixed": "Its method does not learn learning rates:\n  those in the set are fixed values for plain SGD.",
+}
+
 CARD = """\
 ---
 license: other
+license_name: terms-of-the-source-data
+license_link: README.md
+pretty_name: {pretty_name}
+size_categories:
+- {size}
+configs:
+- config_name: default
+  data_files: captions.parquet
 task_categories:
 - image-to-text
 - text-to-image
@@ -235,7 +276,7 @@ were made by rmdd with the method `{method}` and the loss `{loss}`. {origin}
   and std ({std}).
 - Texts: embeddings of width {text_width} from `{text_tower}`. Use the same encoder to embed real captions.
 - Similarity: {kind}, within each subset only. The logits of a pair are cosine / {temperature}.
-- The set was distilled with the image tower `{image_tower}`. Its learning rates are meant for this tower and plain SGD.
+- The set was distilled with the image tower `{image_tower}`. {rates_of}
 
 ## Results
 
@@ -258,9 +299,10 @@ Counted in parameters, the set is as large as {in_pairs:.2f} real pairs of {unit
 | `<k>.images` | M x {image_shape} | float32, normalised |
 | `<k>.texts` | M x {text_width} | float32, not normalised |
 {similarity_row}
-| `<k>.lr_image`, `<k>.lr_text` | scalar | learned SGD learning rates of the image tower and the text tower |
+| `<k>.lr_image`, `<k>.lr_text` | scalar | {rates} SGD learning rates of the image tower and the text tower |
 
-`captions.parquet` has one row per pair: `subset`, `index`, `caption` (the real caption nearest to the distilled text
+`captions.parquet` has one row per pair: `subset`, `index`, `image` (a PNG file to look at, with pixels rounded and
+clamped; train on `tensors.safetensors`), `caption` (the real caption nearest to the distilled text
 embedding), `source_id` (the real pair that this pair started from), and `caption_before` (the caption of that real
 pair). `set.json` has the subsets of each stage of training (`stages`), the configuration, provenance and scores, and
 the SHA-256 of the other two files.
@@ -273,7 +315,21 @@ This script needs torch and safetensors. Run it in this folder.
 {script}
 ```
 
-With rmdd installed, `rmdd.load(folder).as_dataset()` returns the pairs as a torch dataset.
+The script has small towers of its own and a fixed learning rate. `recall` is R@k, from image to text, of the pairs it
+gets; call it with unseen pictures and captions, prepared as above.
+
+## Train on it with rmdd
+
+These commands train the towers above with the set's learning rates, order and number of passes, and search pictures
+with the trained model (FOLDER is the folder of this file):
+
+```sh
+rmdd train FOLDER --out model
+rmdd search-images model "a red bicycle" PICTURES
+```
+
+In Python, `rmdd.load("FOLDER").as_dataset()` returns the pairs as a torch dataset. Hugging Face datasets can show the
+pairs: `datasets.load_dataset("FOLDER")` has the pictures and captions of `captions.parquet`.
 
 ## Provenance
 

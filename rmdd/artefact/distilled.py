@@ -3,6 +3,8 @@
 M pairs of a subset, images of H x W pixels, text embeddings of width F, R rank of a low-rank similarity.
 """
 
+import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +15,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from rmdd.config.budget import pair_parameters
@@ -21,6 +24,7 @@ from rmdd.config.upgrade import upgraded
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
 from rmdd.core.tensors import Damaged, flatten_groups, load_checked, split_groups
+from rmdd.data.images import denormalise
 from rmdd.distill import similarity
 from rmdd.distill.sets import ENTRY, write_subsets
 from rmdd.distill.synthetic import enlarged
@@ -204,7 +208,7 @@ class DistilledSet:
             folder.mkdir()
             tensors = [subset.tensors() for subset in self.subsets]
             write_subsets(folder / TENSORS, tensors, [subset.alpha for subset in self.subsets])
-            _write_captions(self.subsets, folder / CAPTIONS)
+            _write_captions(self.subsets, self.mean, self.std, folder / CAPTIONS)
             for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
             write_json(folder / DESCRIPTION, self._description(folder))
@@ -301,7 +305,8 @@ def _subset(tensors: dict[str, Tensor], entry: dict[str, Any], strings: dict[str
     )
 
 
-def _write_captions(subsets: Sequence[Subset], path: Path) -> None:
+def _write_captions(subsets: Sequence[Subset], mean: Sequence[float], std: Sequence[float], path: Path) -> None:
+    """Write a row per pair with its captions and its image as PNG, so that Hugging Face datasets shows the pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -309,23 +314,35 @@ def _write_captions(subsets: Sequence[Subset], path: Path) -> None:
         {
             "subset": k,
             "index": i,
+            "image": {"bytes": png, "path": None},
             "caption": subset.captions[i],
             "source_id": subset.source_ids[i],
             "caption_before": subset.captions_before[i] if subset.captions_before else None,
         }
         for k, subset in enumerate(subsets)
-        for i in range(subset.pairs)
+        for i, png in enumerate(map(_as_png, denormalise(subset.images, mean, std)))
     ]
+    strings = ("caption", "source_id", "caption_before")
     columns = [("subset", pa.int32()), ("index", pa.int32())]
-    columns += [(name, pa.string()) for name in ("caption", "source_id", "caption_before")]
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), path)
+    columns += [("image", pa.struct({"bytes": pa.binary(), "path": pa.string()})), *((s, pa.string()) for s in strings)]
+    features: dict[str, Any] = {name: {"dtype": "int32", "_type": "Value"} for name in ("subset", "index")}
+    features |= {"image": {"_type": "Image"}} | {name: {"dtype": "string", "_type": "Value"} for name in strings}
+    schema = pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+
+
+def _as_png(pixels: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def _read_captions(path: Path) -> dict[int, dict[str, list[Any]]]:
     import pyarrow.parquet as pq
 
     by_subset: dict[int, dict[str, list[Any]]] = {}
-    for row in sorted(pq.read_table(path).to_pylist(), key=lambda r: (r["subset"], r["index"])):
+    strings_only = pq.read_table(path, columns=["subset", "index", "caption", "source_id", "caption_before"])
+    for row in sorted(strings_only.to_pylist(), key=lambda r: (r["subset"], r["index"])):
         strings = by_subset.setdefault(row["subset"], {"captions": [], "source_ids": [], "captions_before": []})
         strings["captions"].append(row["caption"])
         strings["source_ids"].append(row["source_id"])

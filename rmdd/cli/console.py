@@ -16,7 +16,6 @@ from rmdd.report.rows import COLUMNS, NAMES, score_rows
 PAD = "  "
 TABLE_WIDTH = 80
 """Width in characters of the tables of methods and of presets."""
-PICKED_ON_TEST = "reference protocol,\npicked on test"
 
 
 def stdout() -> Console:
@@ -56,12 +55,13 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("trained on")
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
+    by_paper = "picked on test" if referee.picks_on_test(evaluation) else "last pass"
     for row in score_rows(evaluation):
         cells = [_spread({"mean": row[c], "std": row[f"{c} spread"]}) if c in row else "" for c in COLUMNS]
         picked = row["protocol"] == "test_best_reference"
         if picked:
             table.add_section()
-        label = f"{row['trained on']}, {PICKED_ON_TEST}" if picked else row["trained on"]
+        label = f"{row['trained on']}, reference protocol,\n{by_paper}" if picked else row["trained on"]
         table.add_row(label, *cells, style="dim" if picked else None)
     return table
 

@@ -10,6 +10,7 @@ from rmdd.comparisons import published, results, tables
 from rmdd.comparisons.engine import FOLDER, ComparedRun, Row, ScoredRow, score
 from rmdd.comparisons.entries import Entry, misfits, open_entries, source_run, with_planned_phases
 from rmdd.comparisons.tables import ResultTable
+from rmdd.config import recipes
 from rmdd.core.files import write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import root_of
@@ -129,8 +130,7 @@ def table(protocol: str, rows: Sequence[dict[str, Any]], against: str) -> Result
 def rate(row: Mapping[str, Any]) -> str:
     """Return a text that says whether a row's learning rates are learned, fixed, or chosen on val (with the loss)."""
     if "chosen" not in row:
-        recipe = config.Distill.model_construct(method=row["method"]).recipe
-        return "fixed" if row["rates"] == "learned" and recipe and not recipe.learns_rates else row["rates"]
+        return "fixed" if row["rates"] == "learned" and not recipes.learns_rates(row["method"]) else row["rates"]
     loss = "" if row["kind"] == "set" else f"{row['chosen']['loss']}, "
     return f"by val: {loss}{row['chosen']['lr']:g}"
 

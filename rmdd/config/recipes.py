@@ -116,3 +116,11 @@ def find(name: str) -> Recipe:
     if not (isinstance(recipe, type) and isinstance(recipe, Recipe)):
         raise ValueError(f"'{path}' is not a method; derive it from rmdd.methods.Method")
     return recipe
+
+
+def learns_rates(method: str) -> bool:
+    """Return whether `method` learns the learning rates of students; True for a method that is not installed here."""
+    try:
+        return find(method).learns_rates
+    except ValueError:
+        return True

@@ -1,5 +1,6 @@
 """Tests of the HTML report; the tests write the run folder themselves, without training."""
 
+import io
 import math
 import re
 from dataclasses import replace
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, HEIGHT, open_browser
+from rich.console import Console
 
 from rmdd import config
 from rmdd.artefact.distilled import DistilledSet, Subset
+from rmdd.cli.console import result_table
 from rmdd.comparisons import tables
 from rmdd.comparisons.results import RECALLS
 from rmdd.core.files import append_jsonl, write_json
@@ -185,6 +188,19 @@ def test_the_page_shows_the_scores(tmp_path):
 
 def spans(mean):
     return {name: {"mean": mean, "low": mean - 1.5, "high": mean + 2.5} for name in score(0)}
+
+
+@pytest.mark.parametrize(("reported", "picks"), [("best", True), ("last", False)])
+def test_only_protocols_that_pick_a_pass_on_test_are_said_to_pick_on_test(tmp_path, reported, picks):
+    evaluation = evaluation_of([40]) | {"spread": "spread over students"}
+    picked = {"protocol": "mdm", "reported": reported, "scorings": 1, "minus_test_last": 2.5, "minus_own_last": 0.0}
+    evaluation["reference"] = picked
+    page = page_of(tmp_path, evaluation)
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(result_table(evaluation))
+    texts = [page, console.export_text()]
+    assert [("picked on" in text or "from picking" in text) for text in texts] == [picks] * 2
+    assert ("The last pass by the paper" in page) == (not picks)
 
 
 def full_evaluation(iterations):
