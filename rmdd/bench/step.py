@@ -26,6 +26,7 @@ from rmdd import config, methods
 from rmdd.bench.yardsticks import plain, published, whole_unroll
 from rmdd.core import seeding
 from rmdd.core.files import write_json
+from rmdd.core.threads import torch_threads
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic
 from rmdd.distill.trajectory.frozen import features_of, to_pixels
@@ -226,7 +227,24 @@ def bench_step(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, but must be at least 1; use 20 for a reliable median")
-    torch.set_num_threads(case.threads)
+    with torch_threads(case.threads):
+        rows, out_of_memory = _measure(case, chosen, repeats, memory)
+    result = {
+        "case": asdict(case),
+        "repeats": repeats,
+        "out_of_memory": out_of_memory,
+        "torch": torch.__version__,
+        "variants": rows,
+    }
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _measure(
+    case: Case, chosen: Sequence[Variant], repeats: int, memory: bool
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the figures of each variant, and the names of the variants that need more memory than there is."""
     ready = {method: prepare(case, method) for method in dict.fromkeys(v.method for v in chosen)}
     runs = {v.name: ready[v.method](v) for v in chosen}
     rows: dict[str, dict[str, Any]] = {}
@@ -262,16 +280,7 @@ def bench_step(
             for y in YARDSTICKS
             if y in rows and variant.method is None
         }
-    result = {
-        "case": asdict(case),
-        "repeats": repeats,
-        "out_of_memory": out_of_memory,
-        "torch": torch.__version__,
-        "variants": rows,
-    }
-    if out is not None:
-        write_json(out, result)
-    return result
+    return rows, out_of_memory
 
 
 def peak_bytes(case: Case, variant: Variant) -> int:

@@ -38,6 +38,12 @@ def test_the_result_has_all_figures_and_is_written(tmp_path):
         bench_step(SMALL, chosen, repeats=0)
 
 
+def test_measuring_leaves_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    bench_step(replace(SMALL, threads=before + 1), [Variant("first_order")], repeats=1, memory=False)
+    assert torch.get_num_threads() == before
+
+
 def test_methods_are_measured_with_their_own_defaults():
     chosen = variants(yardsticks=("published",), of_methods=("repblend", "mtt_vl"))
     rows = bench_step(SMALL, chosen, repeats=1, memory=False)["variants"]
