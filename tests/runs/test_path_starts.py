@@ -12,6 +12,7 @@ from tiny import QUIET, RUN, changed, go, go_until_killed, stored
 import rmdd
 from rmdd import config
 from rmdd.core.seeding import derive, generator
+from rmdd.core.threads import torch_threads
 from rmdd.distill.chain import read_path_start
 from rmdd.distill.sets import load_set
 from rmdd.execution.tasks import Hooks
@@ -104,7 +105,7 @@ def test_a_sweep_distils_every_wave(whole, tmp_path):
 
 def test_a_stopped_task_returns_false_and_a_second_call_writes_the_same_file(whole, tmp_path):
     run = config.load(stored(shutil.copytree(whole, tmp_path / "copy"), CHAIN))
-    with open_pipeline(run) as pipeline:
+    with open_pipeline(run) as pipeline, torch_threads(run.runtime.threads):
         item, task = replace(pipeline.item(), iterations=(4,)), TrainPathStart()
         bits = task.target(item).read_bytes()
         task.target(item).unlink()
