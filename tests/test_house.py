@@ -20,11 +20,14 @@ RAY = {name for name in MODULES if name == "rmdd.execution.ray" or name.startswi
 
 ROOMS: dict[str, list[str]] = {
     "rmdd": "cli searches comparisons pipeline artefact core config".split(),
-    "cli": "bench analyse searches comparisons pipeline report runs methods evaluate artefact core config".split(),
+    "cli": (
+        "inventory bench analyse searches comparisons pipeline report runs methods evaluate artefact core config"
+    ).split(),
     "bench": "pipeline methods distill experts models core config".split(),
     "analyse": (
         "searches comparisons pipeline report runs methods evaluate distill experts models execution core config"
     ).split(),
+    "inventory": "searches comparisons runs artefact distill core config".split(),
     "searches": (
         "comparisons pipeline report runs methods evaluate artefact distill models execution core config".split()
     ),

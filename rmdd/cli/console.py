@@ -165,14 +165,14 @@ def _costs(facts: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     step_memory = next(iter(facts["memory"].values()), None)
     rows = (("experts", disk["store"], None), ("distill", disk["phases"], step_memory), ("evaluate", None, None))
-    table.add_row("ingest, embed", f"{_bytes(disk['cache'])} + shards", "", "", "")
+    table.add_row("ingest, embed", f"{size(disk['cache'])} + shards", "", "", "")
     for step, stored, memory in rows:
         counted = (f"{time['operations'][step]:.1e}", duration(time["seconds"][step]))
-        table.add_row(step, _bytes(stored), _bytes(memory), *(counted if time["operations"][step] else ("", "")))
+        table.add_row(step, size(stored), size(memory), *(counted if time["operations"][step] else ("", "")))
     return table
 
 
-def _bytes(number: int | None) -> str:
+def size(number: int | None) -> str:
     if number is None:
         return ""
     power = min(4, max(0, (number.bit_length() - 1) // 10))

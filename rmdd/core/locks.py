@@ -202,6 +202,11 @@ def _may_live(lease: dict[str, Any]) -> bool:
     return lease.get("machine") != machine() or alive(lease["pid"])
 
 
+def is_of_this_machine(lease: dict[str, Any]) -> bool:
+    """Return whether a process of this machine wrote a lease, of this version or of an older one."""
+    return lease.get("machine") in (machine(), _holder_machine())
+
+
 def _holder_machine() -> str:
     """Return the name of this machine in leases.
 

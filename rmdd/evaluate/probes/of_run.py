@@ -65,6 +65,14 @@ def data_of(data: config.Data, probe: Probe) -> Any:
     return probe.data.model_copy(update=view | {"root": root})
 
 
+def probe_dataset(run_data: config.Data, probe: Probe, storage: Path) -> Path:
+    """Return the folder of the dataset of a probe; a dataset made by `ingest` is named by a hash of its settings."""
+    data = data_of(run_data, probe)
+    if data.source == "dataset":
+        return Path(data.root)
+    return storage / "data" / config.hash_value({"data": shaping(data), "root": data.root or ""})
+
+
 def faults(data: config.Data, probes: Mapping[str, Probe]) -> list[str]:
     """Return an error message for each probe whose data files are missing, empty or invalid; no image is opened."""
     mistakes = []
@@ -137,8 +145,7 @@ def prepare(
         if data.source == "dataset":
             dataset = Dataset.open(data.root)
         else:
-            value = config.hash_value({"data": shaping(data), "root": data.root or ""})
-            dataset = ingest(data, storage.root / "data" / value, readers, run.runtime)
+            dataset = ingest(data, probe_dataset(run.data, probe, storage.root), readers, run.runtime)
         split = load_split(dataset, _split(probe), data, storage.root / "cache")
         if not len(split):
             reasons = f"{dataset.path / 'quarantine.jsonl'} says why; count by reason: {dataset.manifest['quarantine']}"
