@@ -31,7 +31,8 @@ MOVES = {
     """,
     "ingest run": """
         data.layout data.annotations data.scenes.train data.scenes.val data.scenes.test data.scenes.size
-        data.scenes.seed data.reencode data.shard_mb data.max_pixels
+        data.scenes.seed data.reencode data.shard_mb data.max_pixels data.splits.from_source data.splits.names
+        data.splits.val data.splits.test
     """,
     "nothing": """
         data.root data.imagefolder.files data.imagefolder.image data.imagefolder.caption data.imagefolder.split

@@ -21,6 +21,7 @@ from rmdd.config.data import Data as Data
 from rmdd.config.data import ImageFolder as ImageFolder
 from rmdd.config.data import Parquet as Parquet
 from rmdd.config.data import Scenes as Scenes
+from rmdd.config.data import Splits as Splits
 from rmdd.config.data import TableSource as TableSource
 from rmdd.config.data import Tars as Tars
 from rmdd.config.distill import OF_REACH

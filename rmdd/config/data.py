@@ -108,6 +108,44 @@ class Annotations(Section):
         return {split: file for split, file in self if file is not None}
 
 
+class Splits(Section):
+    """Splits of the dataset: whether those of the source hold, what they are called, and what is taken from train."""
+
+    from_source: bool = Field(
+        True, description="keep the splits that the source names; false: ignore them, as if the source named none"
+    )
+    names: dict[str, Literal["train", "val", "test", "none"]] = Field(
+        {},
+        description="splits by their names in the source, such as {holdout: test}; none leaves the images out. Known "
+        "already: train, training, restval, val, valid, validation, dev, eval, evaluation, test",
+    )
+    val: int | float | None = Field(
+        None,
+        description="share (0.1) or number (500) of the train images that become the split val, chosen by a hash; "
+        "null: the source's val, or the share of data.split_fractions if the source names no splits",
+    )
+    test: int | float | None = Field(
+        None, description="share or number of the train images that become the split test; null: as for val"
+    )
+
+    @property
+    def carves(self) -> bool:
+        """Whether these settings choose the split of some images by a hash, against what the source says."""
+        return not self.from_source or self.val is not None or self.test is not None
+
+    def clashes(self) -> list[Clash]:
+        mistakes = []
+        sizes = {"val": self.val, "test": self.test}
+        for split, size in sizes.items():
+            if size is not None and (size < 0 or (isinstance(size, float) and not 0 < size < 1)):
+                text = f"data.splits.{split} is a share such as 0.1 or a number of images such as 500, found {size}"
+                mistakes.append(Clash(text, f"data.splits.{split}"))
+        if not mistakes and sum(size for size in sizes.values() if isinstance(size, float)) >= 1:
+            text = f"data.splits.val ({self.val}) and test ({self.test}) leave no image for train; lower them"
+            mistakes.append(Clash(text, "data.splits", "val", "test"))
+        return mistakes
+
+
 class Data(Section):
     """Where the image-text pairs come from, and how their images and captions are preprocessed."""
 
@@ -143,6 +181,7 @@ class Data(Section):
         description="shares of train, val and test if the source has no splits; images are split by a hash of the path",
         json_schema_extra=hash_only("run", "ingest"),
     )
+    splits: Splits = Field(Splits(), json_schema_extra=hash_only("run", "ingest"))
     eval_limit: PositiveInt | None = Field(
         None,
         description="use only the first N pairs of val and of test (N is often 10000 for CC3M); null: all pairs",
@@ -211,17 +250,23 @@ class Data(Section):
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             text = f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}"
             mistakes.append(Clash(text, "data.split_fractions"))
+        if source == "dataset" and self.splits != Splits():
+            text = "data.splits has no effect on an ingested dataset; set it in the run file that ingests the data"
+            mistakes.append(Clash(text, "data.splits", "data.source"))
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave fields of unused sources out of a dataset's hash and, without `reencode`, fields about decoding too.
+        """Leave out default splits and unused new sources of all hashes, and more of the hash of a dataset.
 
-        Sources added after version 0.1 are left out of all hashes if they are not used.
+        New sources are those added after version 0.1. A dataset is the same for all values of the fields of unused
+        sources and, without `reencode`, of the fields about decoding.
         """
+        unused = tuple(name for name in ("imagefolder",) if name != self.source)
+        unused += ("splits",) if self.splits == Splits() else ()
         if purpose != "ingest":
-            return tuple(name for name in ("imagefolder",) if name != self.source)
-        others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations")]
-        return tuple(others) if self.reencode else (*others, "background", "exif_orientation")
+            return unused
+        others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations", "splits")]
+        return (*unused, *others, *(() if self.reencode else ("background", "exif_orientation")))
 
 
 def _holds_secret(uri: str) -> bool:

@@ -27,16 +27,17 @@ from rmdd.core.files import atomic_path, read_json, remove, write_json
 from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import sources
+from rmdd.data.carving import Carving
 from rmdd.data.counts import IngestCounts
 from rmdd.data.inputs import InputPath, absolute, hash_of, input_path, is_remote
 from rmdd.data.layouts import alternatives
-from rmdd.data.parts import IngestFolders, PartWriter, write_entries
+from rmdd.data.parts import IngestFolders, PartWriter, numbered, write_entries
 from rmdd.data.plan import IngestPlan, file_parts, make_plan, write_parts
 from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, sequential_stream
 
-PARTS_LAYOUT = 2
+PARTS_LAYOUT = 3
 """Version of the file format of an unfinished ingest. An ingest begun with a different version starts from scratch."""
 
 
@@ -71,9 +72,9 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
     with hold_folder(out.with_name(f".{out.name}"), wait=True) as lease:
         finished, _ = current_state()
         if finished is None:
-            parts = _start_or_resume(folders, inputs, contents, data, storage)
+            parts, carving = _start_or_resume(folders, inputs, contents, data, storage)
             worker_folders = folders if runtime is None else IngestFolders(folders.path.relative_to(storage.root))
-            write = functools.partial(PartWriter, data, worker_folders, runtime)
+            write = functools.partial(PartWriter, data, worker_folders, carving, runtime)
             written = {result["number"] for result in stream(write, parts)}
             assert len(written) == len(parts), f"{len(parts) - len(written)} parts were not written"
             for folder in (folders.plan, folders.records):
@@ -119,12 +120,11 @@ def _names(files: list[InputPath], data: Data) -> dict[str, InputPath]:
 
 def _start_or_resume(
     folders: IngestFolders, inputs: dict[str, Any], contents: Any, data: Data, storage: Storage
-) -> list[dict[str, Any]]:
-    """Return the parts of the unfinished ingest in `folders`, or plan a new ingest and return the parts of its plan."""
+) -> tuple[list[dict[str, Any]], Carving]:
+    """Return the parts and the carving of the unfinished ingest in `folders`; if there is none, plan a new ingest."""
     path, value = folders.parts, {"schema_version": SCHEMA_VERSION, "layout": PARTS_LAYOUT, **inputs}
     if path.is_file() and (plan := read_json(path))["made_from"] == value:
-        begun: list[dict[str, Any]] = plan["parts"]
-        return begun
+        return plan["parts"], Carving.from_json(plan["carving"])
     remove(folders.path)
     for folder in (folders.plan, folders.dataset):
         folder.mkdir(parents=True)
@@ -132,15 +132,17 @@ def _start_or_resume(
     source = sources.find(data)
     if isinstance(source, SampleSource):
         parts = file_parts(source, contents, data)
+        carving = Carving.of(data, numbered(parts, source, data))
     else:
         plan = make_plan(contents, data)
         _check_root(plan, data)
-        counts, parts = plan.counts, write_parts(plan, data, folders.plan)
+        counts, parts, carving = plan.counts, write_parts(plan, data, folders.plan), Carving(())
     write_entries(folders.plan / QUARANTINE, counts.entries)
     entries = [asdict(part) for part in parts]
     storage.publish(folders.plan)
-    write_json(path, {"made_from": value, "parts": entries, "counts": counts.as_json()})
-    return entries
+    carved = asdict(carving)
+    write_json(path, {"made_from": value, "parts": entries, "carving": carved, "counts": counts.as_json()})
+    return entries, carving
 
 
 def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
@@ -181,7 +183,7 @@ def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str
 def shaping(data: Data) -> dict[str, Any]:
     """Return the fields of `data` that change the content of a dataset; paths are not among them."""
     value, source = hashed(data, "ingest"), by_name.find(data.source)
-    if not (isinstance(source, SampleSource) or source.cut_by_hash):
+    if not (isinstance(source, SampleSource) or source.cut_by_hash) and data.splits.from_source:
         del value["split_fractions"]
     return value
 

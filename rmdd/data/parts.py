@@ -7,11 +7,12 @@ is harmless. A worker holds one row group per split (train, val, test) in memory
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from rmdd.config import Data, Runtime
 from rmdd.core.files import atomic_path, read_json, sha256_file, write_json
 from rmdd.core.storage import Storage, open_storage
 from rmdd.data import planned, sources
+from rmdd.data.carving import Carving, meaning
 from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError, decode_as
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
-from rmdd.data.source import Candidate, SampleSource
+from rmdd.data.source import NO_SPLIT, Candidate, SampleSource
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class IngestPart:
     stop: int = 0
     """End (exclusive) of the range to read, such as row groups `start` to `stop`; both are 0 to read the whole file."""
     split: str | None = None
-    """Split (train, val or test) of all pairs of this part; None if its pairs may be in different splits."""
+    """Split that the source names for all pairs of this part; None if its pairs may be in different splits."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class PartWriter:
     elsewhere.
     """
 
-    def __init__(self, data: Data, folders: IngestFolders, runtime: Runtime | None = None):
+    def __init__(self, data: Data, folders: IngestFolders, carving: Carving, runtime: Runtime | None = None):
         self.storage = Storage(Path()) if runtime is None else open_storage(runtime)
-        self.data, self.folders = data, IngestFolders(self.storage.root / folders.path)
+        self.data, self.carving, self.folders = data, carving, IngestFolders(self.storage.root / folders.path)
         self.source = sources.find(data)
         self.storage.fetch(self.folders.plan)
 
@@ -154,12 +156,46 @@ class PartWriter:
             candidates = planned.candidates(self.folders.plan / part.file, self.data, self.source)
         for candidate in candidates:
             try:
+                split = candidate.split if part.kind == "listed" else self._split_of(candidate)
                 image = _checked(candidate.image, self.data)
             except ImageError as error:
                 captions = len(candidate.captions)
                 counts.reject(candidate.pair_id, error.reason, candidate.origin, error.detail, captions)
             else:
-                yield Pair(candidate.pair_id, image, candidate.captions, candidate.split, candidate.source)
+                assert split is not None, "the planning step gives every listed image a split"
+                yield Pair(candidate.pair_id, image, candidate.captions, split, candidate.source)
+
+    def _split_of(self, candidate: Candidate) -> str:
+        try:
+            named = meaning(candidate.split, self.data)
+        except ValueError as error:
+            raise ImageError("no_split", str(error)) from None
+        if named == NO_SPLIT:
+            raise ImageError("no_split", "the source names no split for this image")
+        return self.carving.split_of(carving_key(candidate, self.data), named, self.data)
+
+
+def carving_key(candidate: Candidate, data: Data) -> str:
+    """Return the key whose hash chooses the split of `candidate`.
+
+    If `data.splits` chooses it, this is a hash of the image, so that all rows of the same image are in one split.
+    """
+    if data.splits.carves and isinstance(candidate.image, bytes):
+        return hashlib.sha256(candidate.image).hexdigest()
+    return candidate.pair_id
+
+
+def numbered(parts: Iterable[IngestPart], source: SampleSource, data: Data) -> Iterator[tuple[str, str | None]]:
+    """Read all images of `parts` once, to count them; yield (key, split that the source names) for each image."""
+    seen = set()
+    for part in parts:
+        for candidate in source.candidates(part.file, (part.start, part.stop), part.split, data, IngestCounts()):
+            key = carving_key(candidate, data)
+            if key not in seen and isinstance(candidate.image, bytes):
+                seen.add(key)
+                with contextlib.suppress(ValueError):  # rows of unknown splits are left out
+                    if (named := meaning(candidate.split, data)) != NO_SPLIT:
+                        yield key, named
 
 
 def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:

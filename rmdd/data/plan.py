@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rmdd.config import Data
+from rmdd.data.carving import Carving, meaning
 from rmdd.data.counts import IngestCounts, is_text
 from rmdd.data.inputs import input_path, is_remote
 from rmdd.data.layouts import alternatives
 from rmdd.data.parts import IngestPart
 from rmdd.data.planned import PLAN_SCHEMA
 from rmdd.data.shards import SPLITS
-from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource, hash_split
+from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -49,7 +50,8 @@ class IngestPlan:
 def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
     """Check the paths and captions of `rows`. Merge the rows of an image into one pair, at the first row's position.
 
-    Raises `ValueError` if there are no rows, or if an image is listed in two splits.
+    Raises `ValueError` if there are no rows, if an image is listed in two splits or in an unknown one, or if there are
+    fewer images than `data.splits` asks for.
     """
     plan = IngestPlan()
     counts = plan.counts
@@ -57,14 +59,17 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
     for row in rows:
         counts.rows_in += 1
         counts.captions_in += len(row.captions)
-        if row.split == NO_SPLIT:
+        try:
+            split = meaning(row.split, data)
+        except ValueError as error:
+            raise ValueError(f"{row.origin}: {error}") from None
+        if split == NO_SPLIT:
             counts.reject(row.image, "no_split", row.origin, "no split lists this image", len(row.captions))
             continue
         path, problem = _checked_path(row.image)
         if problem:
             counts.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
             continue
-        split = row.split or hash_split(path, data.split_fractions)
         pair = merged.get(path)
         if pair is None:
             pair = merged[path] = {"pair_id": path, "captions": {}, "split": split, "source": row.source}
@@ -74,16 +79,20 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
             if pair["split"] != split:
                 raise ValueError(
                     f"image {path} is in {pair['split']} ({pair['origin']}) and in {split} ({row.origin}); "
-                    "an image must be in one split only: remove it from one of them"
+                    "an image must be in one split only: remove it from one of them, or set "
+                    "data.splits.from_source: false to choose splits by a hash"
                 )
         counts.keep_captions(pair["captions"], row.captions, path, row.origin)
     if not counts.rows_in:
         raise ValueError(f"data.source '{data.source}' has no rows; check the files that the data section names")
-    for pair in merged.values():
+    captioned = [pair for pair in merged.values() if pair["captions"]]
+    carving = Carving.of(data, ((pair["pair_id"], pair["split"]) for pair in captioned))
+    for pair in captioned:
         pair["captions"] = list(pair["captions"])
-        if pair["captions"]:
-            plan.pairs[pair["split"]].append(pair)
-        else:
+        pair["split"] = carving.split_of(pair["pair_id"], pair["split"], data)
+        plan.pairs[pair["split"]].append(pair)
+    for pair in merged.values():
+        if not pair["captions"]:
             counts.reject(pair["pair_id"], "no_caption", pair["origin"], "none of its captions is usable", 0)
     return plan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +28,11 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
     "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
     "test": "test",
 }
+"""The splits by the names that published datasets give them; `data.splits.names` adds further names."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class AnnotationRow:
     """Path of the image relative to `data.root`, or the name of an image that the source draws."""
     captions: tuple[Any, ...]
     split: str | None
-    """train, val or test; None if a hash of the path decides; NO_SPLIT if the input must name a split but does not."""
+    """The split's name in the source, such as train or validation; None if the source names no splits; NO_SPLIT if it
+    should name one but does not."""
     source: str
     origin: str
     """Position of the row in the annotation file, such as `captions.csv line 12`."""
@@ -59,7 +63,8 @@ class Candidate:
 
     pair_id: str
     captions: tuple[str, ...]
-    split: str
+    split: str | None
+    """The split's name in the source, as in `AnnotationRow`."""
     source: str
     origin: str
     image: bytes | ImageError = field(repr=False)
@@ -67,14 +72,23 @@ class Candidate:
 
 def hash_split(path: str, fractions: tuple[float, float, float]) -> str:
     """Choose the split of an image by a hash of the image's path only, so the split does not depend on other images."""
-    share = int.from_bytes(hashlib.sha256(f"rmdd split/{path}".encode()).digest()[:8], "big") / 2**64
+    share = hash_position(path)
     return "train" if share < fractions[0] else "val" if share < fractions[0] + fractions[1] else "test"
 
 
-def named_split(path: str) -> str | None:
-    """Return the split (train, val, test) named in a file name such as `test-0.parquet`, or in the nearest folder."""
+def hash_position(key: str) -> float:
+    """Return a number from 0 to 1 that is uniformly distributed over keys, such as the paths of images."""
+    return int.from_bytes(hashlib.sha256(f"rmdd split/{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def named_split(path: str, names: Iterable[str] = ()) -> str | None:
+    """Return the split named in a file name such as `test-0.parquet`, or in the nearest folder that names one.
+
+    Names in `SPLIT_NAMES` are known, and returned as train, val or test; those in `names` are returned as they are.
+    """
+    known = SPLIT_NAMES | {name: name for name in names}
     for name in reversed(path.split("/")):
-        words = [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES]
+        words = [known[word] for word in re.split(r"[^a-z]+", name.lower()) if word in known]
         if words:
             return words[0]
     return None
@@ -85,7 +99,8 @@ def sample_files(data: Data, source: Literal["parquet", "webdataset"]) -> list[t
     root, rule = input_path(data.root), getattr(data, source)
     if not (paths := find(root, rule.files)):
         raise ValueError(f"no file under {root} matches data.{source}.files '{rule.files}'; correct the pattern")
-    return [(path, size, named_split(path) if rule.split_by_name else None) for path, size in paths]
+    names = data.splits.names
+    return [(path, size, named_split(path, names) if rule.split_by_name else None) for path, size in paths]
 
 
 @dataclass(frozen=True)

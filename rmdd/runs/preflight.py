@@ -10,6 +10,7 @@ from rmdd.config import budget
 from rmdd.core.files import read_json
 from rmdd.core.layout import check_layout
 from rmdd.core.storage import open_storage, run_folder
+from rmdd.data.carving import empty_splits
 from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.chain import is_chained
 from rmdd.distill.trajectory.planning import (
@@ -37,7 +38,8 @@ EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
 def problems_of(run: config.Run) -> list[str]:
     """Return a message for each problem that would stop the run and that can be found before the run starts.
 
-    Examples: an encoder is unavailable, phases exceed the budget, a file of a probe (extra evaluation) is unreadable.
+    Examples: an encoder is unavailable, phases exceed the budget, a split is empty, a file of a probe (extra
+    evaluation) is unreadable.
     """
     mistakes = []
     try:
@@ -49,6 +51,9 @@ def problems_of(run: config.Run) -> list[str]:
             mistakes.append(over)
     except ValueError as error:
         mistakes.append(str(error))
+    with contextlib.suppress(ValueError, OSError):  # the ingest reports what is unreadable or cannot be counted before
+        if empty := empty_splits(*_counts(run, _dataset(run))):
+            mistakes.append(empty)
     return mistakes + probes.faults(run.data, run.evaluate.probes) + methods.method_of(run).faults()
 
 
@@ -65,7 +70,7 @@ def storage_faults(run: config.Run) -> list[str]:
 def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return everything that `rmdd check` prints, as JSON values; the units are bytes, seconds and FLOPs.
 
-    Raises `ValueError` if a tower or an annotation file is unavailable.
+    Raises `ValueError` if a tower or an annotation file is unavailable, or if a split is empty.
     """
     width, remark = estimate.text_features(run.model.text)
     model = _model(run, width)
@@ -74,12 +79,11 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
     run, planned = _with_phases(run, width)
     foreseen_only = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
     work = estimate.work_of(model, run, width)
-    dataset, paths = _existing_results(run)
-    if dataset is not None:
-        counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
-        counts, origin = estimate.limited(counts, run.data), f"from {dataset.path}"
-    else:
-        counts, origin = estimate.known_counts(run.data)
+    dataset = _dataset(run)
+    paths = None if dataset is None else _paths(run, dataset)
+    counts, origin = _counts(run, dataset)
+    if empty := empty_splits(counts, origin):
+        raise config.ConfigError([empty], run.name)
     similarity, sizes = run.distill.similarity, [p.pairs for p in run.distill.phases]
     unit = budget.pair_parameters(run.data.image_size, width)
     cost = budget.cost(sizes, run.stored_size, width, similarity.kind, similarity.rank)
@@ -124,8 +128,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned, *_method_remarks(run), *sentences) if r]
-        + [f"split '{split}' is empty; a run needs all 3 splits" for split, (pairs, _) in counts.items() if not pairs],
+        "remarks": [r for r in (remark, planned, *_method_remarks(run), *sentences) if r],
     }
 
 
@@ -198,16 +201,29 @@ def _with_phases(run: config.Run, text_width: int) -> tuple[config.Run, str | No
     return estimated, remark
 
 
-def _existing_results(run: config.Run) -> tuple[Dataset | None, RunPaths | None]:
-    """Return the run's dataset (None if not ingested) and its paths (None without the dataset or an encoder)."""
+def _dataset(run: config.Run) -> Dataset | None:
+    """Return the run's dataset, or None if it is not ingested yet."""
     record = run_folder(run) / "data.json"
     path = Path(read_json(record)["path"]) if record.is_file() else dataset_folder(run)
-    if not (path / MANIFEST).is_file():
-        return None, None
-    dataset = Dataset.open(path)
+    return Dataset.open(path) if (path / MANIFEST).is_file() else None
+
+
+def _counts(run: config.Run, dataset: Dataset | None) -> tuple[estimate.Counts, str]:
+    """Return the images and captions of each split, and where the numbers come from: the dataset or the annotations.
+
+    Raises `ValueError` if the annotations are unreadable or if only an ingest can count the images.
+    """
+    if dataset is None:
+        return estimate.known_counts(run.data)
+    counts = {k: (c["pairs"], c["captions"]) for k, c in dataset.counts.items()}
+    return estimate.limited(counts, run.data), f"from {dataset.path}"
+
+
+def _paths(run: config.Run, dataset: Dataset) -> RunPaths | None:
+    """Return the paths of the run's results; None if an encoder that their names depend on is not on this machine."""
     if not _encoder_is_local(run.model.text) or parts.missing(_parts(run)):
-        return dataset, None
-    return dataset, paths_of(run, dataset)
+        return None
+    return paths_of(run, dataset)
 
 
 def _encoder_is_local(tower: config.TextTower) -> bool:

@@ -17,6 +17,7 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import open_storage
 from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
+from rmdd.data.carving import empty_splits
 from rmdd.data.ingest import ingest
 from rmdd.data.shards import Dataset
 from rmdd.distill import chain
@@ -74,11 +75,16 @@ class Steps:
         return TaskItem(self.run, paths, paths.phases.name)
 
     def embed(self, item: TaskItem, dataset: Dataset, splits: Sequence[str]) -> SplitSource:
-        """Embed the captions of `splits` and decode the images on which models are scored."""
+        """Embed the captions of `splits` and decode the images on which models are scored.
+
+        Raises `ConfigError` if one of these splits is empty.
+        """
+        counts = {split: (n["pairs"], n["captions"]) for split, n in dataset.counts.items()}
+        if empty := empty_splits(counts, f"in {dataset.path}", splits):
+            raise config.ConfigError([empty], self.run.name)
         with self.timed("embed"):
             for split in splits:
-                if dataset.counts[split]["pairs"]:
-                    self.embed_split(item, dataset, split)
+                self.embed_split(item, dataset, split)
                 item.source.open(split)
         return item.source
 

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -8,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 import rmdd.pipeline
@@ -356,8 +360,26 @@ def test_mistakes_are_reported_before_any_folder_is_created(workdir, command):
     assert not list(workdir.iterdir())
 
 
-def test_check_names_an_empty_split(workdir):
-    (workdir / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,test\n")
+@pytest.mark.parametrize("command", ["check", "run", "experts", "evaluate"])
+def test_an_empty_split_is_refused_before_anything_starts(workdir, command):
+    (workdir / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,test\nc.png,three,train\n")
     table = ("data.source=table", f"data.root={workdir}")
-    done = rmdd_("check", "demo", *sets(*TINY, *table))
-    assert done.exit_code == 0 and "split 'val' is empty; a run needs all 3 splits" in done.stdout
+    done = rmdd_(command, "demo", *sets(*TINY, *table))
+    assert done.exit_code == 2 and "split val is empty, and a run needs train, val and test" in done.stderr
+    assert "train 2, val 0, test 1" in done.stderr and "set data.splits: {val: 1}" in done.stderr
+    assert not (workdir / "runs").exists()
+    if command == "check":
+        assert rmdd_(command, "demo", *sets(*TINY, *table, "data.splits={val: 1}")).exit_code == 0
+
+
+def test_an_empty_split_that_only_the_ingest_finds_is_refused_after_it(workdir):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    columns = {"image": [buffer.getvalue()] * 3, "caption": ["one", "two", "three"]}
+    pq.write_table(pa.table(columns), workdir / "train.parquet")
+    parquet = ("data.source=parquet", f"data.root={workdir}", "runtime.ray=off")
+    for _ in range(2):  # the second call finds the ingested dataset
+        done = rmdd_("run", "demo", *sets(*TINY, *parquet))
+        assert done.exit_code == 2 and "splits val and test are empty" in done.stderr
+        assert "train 3, val 0, test 0; set data.splits: {val: 1, test: 1}" in done.stderr
+    assert not (workdir / "runs" / "experts").exists()

@@ -31,6 +31,7 @@ EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl", "emoji_ptm_st_100")
 
 ADDED = {
     "data.imagefolder": config.ImageFolder().model_dump(mode="json"),
+    "data.splits": config.Splits().model_dump(mode="json"),
     "distill.path_start": "theta_0",
     "distill.path_lag": None,
     "distill.path_epochs": None,

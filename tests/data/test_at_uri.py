@@ -77,7 +77,7 @@ def test_each_shard_is_uploaded_once_and_downloaded_once(machine, monkeypatch):
     record("upload", ObjectStore.upload)
 
     def on_worker(make, items):
-        yield from map(PartWriter(SCENES, make.args[1], worker.runtime), items)
+        yield from map(PartWriter(SCENES, *make.args[1:3], worker.runtime), items)
 
     dataset = ingest(SCENES, driver.out, on_worker, driver.runtime)
     shards = [shard["file"] for shard in dataset.manifest["shards"]]

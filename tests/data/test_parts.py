@@ -244,7 +244,7 @@ def test_the_second_of_two_ingests_waits_for_the_first(data, tmp_path):
 
 def test_a_machine_that_cannot_reach_the_storage_is_named(data, tmp_path):
     def elsewhere(make, items):
-        yield from map(PartWriter(data, IngestFolders(tmp_path / "not-mounted" / ".out.parts")), items)
+        yield from map(PartWriter(data, IngestFolders(tmp_path / "not-mounted" / ".out.parts"), make.args[2]), items)
 
     with pytest.raises(OSError, match=rf"{socket.gethostname()} cannot reach the storage: .*not-mounted"):
         ingest(data, tmp_path / "out", elsewhere)

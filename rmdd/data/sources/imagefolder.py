@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
-from rmdd.config import Data, ImageFolder, TableSource
+from rmdd.config import Data, TableSource
 from rmdd.data.columns import columns_of
 from rmdd.data.inputs import InputPath, find, input_path
 from rmdd.data.source import AnnotationRow, AnnotationSource, named_split
@@ -27,8 +27,8 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     root, rule = input_path(data.root), data.imagefolder
     tables = [path for path, _ in find(root, rule.files)]
     if tables:
-        return chain.from_iterable(_in_table(root, path, rule) for path in tables), [root / path for path in tables]
-    beside = _beside_images(root)
+        return chain.from_iterable(_in_table(root, path, data) for path in tables), [root / path for path in tables]
+    beside = _beside_images(root, data)
     first = next(beside, None)
     if first is None:
         raise ValueError(
@@ -38,8 +38,8 @@ def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
     return chain([first], beside), []
 
 
-def _in_table(root: InputPath, file: str, rule: ImageFolder) -> Iterator[AnnotationRow]:
-    lines = records(root / file)
+def _in_table(root: InputPath, file: str, data: Data) -> Iterator[AnnotationRow]:
+    lines, rule = records(root / file), data.imagefolder
     first = next(lines, None)
     if first is None:
         return
@@ -51,7 +51,7 @@ def _in_table(root: InputPath, file: str, rule: ImageFolder) -> Iterator[Annotat
     folder = PurePosixPath(file).parent
     for row in rows_of(root / file, chain([first], lines), columns, "imagefolder"):
         image = str(folder / row.image) if isinstance(row.image, str) and row.image.strip() else row.image
-        yield replace(row, image=image, split=row.split or _split_of(image), origin=str(folder / row.origin))
+        yield replace(row, image=image, split=row.split or _split_of(image, data), origin=str(folder / row.origin))
 
 
 def _image_column(path: InputPath, row: dict[str, Any]) -> str:
@@ -65,18 +65,18 @@ def _image_column(path: InputPath, row: dict[str, Any]) -> str:
     return names[0]
 
 
-def _beside_images(root: InputPath) -> Iterator[AnnotationRow]:
+def _beside_images(root: InputPath, data: Data) -> Iterator[AnnotationRow]:
     """Yield a row for each image that has a text file of the same name beside it; the whole text is one caption."""
     paths = [PurePosixPath(path) for path, _ in find(root, "**/*")]
     texts = {path.with_suffix(""): str(path) for path in paths if path.suffix == ".txt"}
     for path in paths:
         if path.suffix[1:].lower() in IMAGES and (text := texts.get(path.with_suffix(""))):
             caption = caption_in((root / text).read_bytes())
-            yield AnnotationRow(str(path), (caption,), _split_of(str(path)), "imagefolder", text)
+            yield AnnotationRow(str(path), (caption,), _split_of(str(path), data), "imagefolder", text)
 
 
-def _split_of(image: Any) -> str | None:
-    return named_split(str(PurePosixPath(image).parent)) if isinstance(image, str) else None
+def _split_of(image: Any, data: Data) -> str | None:
+    return named_split(str(PurePosixPath(image).parent), data.splits.names) if isinstance(image, str) else None
 
 
 SOURCE = AnnotationSource(rows, cut_by_hash=True, without_list=True)

@@ -17,7 +17,7 @@ from rmdd.config import Data
 from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, input_path, parquet_file
-from rmdd.data.source import SPLIT_NAMES, Candidate, SampleSource, as_captions, hash_split, sample_files
+from rmdd.data.source import Candidate, SampleSource, as_captions, sample_files
 
 _CONCURRENT_FILES = 16
 _ROWS_PER_READ = 32
@@ -50,17 +50,13 @@ def candidates(
                 captions = as_captions(row[rule.caption])
                 counts.rows_in += 1
                 counts.captions_in += len(captions)
-                row_split = _split(row, split, pair_id, data)
-                if row_split is None:
-                    detail = f"{row[rule.split or '']!r} in column '{rule.split}' is no split"[:160]
-                    counts.reject(pair_id, "no_split", origin, detail, len(captions))
-                    continue
                 usable: dict[str, None] = {}
                 counts.keep_captions(usable, captions, pair_id, origin)
                 if not usable:
                     counts.reject(pair_id, "no_caption", origin, "none of its captions is usable", 0)
                     continue
-                yield Candidate(pair_id, tuple(usable), row_split, "parquet", origin, _image(row[rule.image]))
+                named = split if rule.split not in row else str(row[rule.split])
+                yield Candidate(pair_id, tuple(usable), named, "parquet", origin, _image(row[rule.image]))
 
 
 def _next(batches: Iterator[pa.RecordBatch], file: InputPath) -> pa.RecordBatch | None:
@@ -68,13 +64,6 @@ def _next(batches: Iterator[pa.RecordBatch], file: InputPath) -> pa.RecordBatch 
         return next(batches, None)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(file, error) from None
-
-
-def _split(row: dict[str, Any], split_of_file: str | None, pair_id: str, data: Data) -> str | None:
-    column = data.parquet.split
-    if column is not None and column in row:
-        return SPLIT_NAMES.get(str(row[column]).strip().lower())
-    return split_of_file or hash_split(pair_id, data.split_fractions)
 
 
 def _image(value: Any) -> bytes | ImageError:

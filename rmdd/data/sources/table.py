@@ -15,7 +15,7 @@ from rmdd.config import Data, TableSource
 from rmdd.data.columns import captions_of, columns_of, value_of
 from rmdd.data.inputs import InputPath, input_path, parquet_file
 from rmdd.data.layouts import describe, read_text
-from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, AnnotationRow, AnnotationSource
+from rmdd.data.source import NO_SPLIT, AnnotationRow, AnnotationSource
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
@@ -45,23 +45,14 @@ def rows_of(
                 f"it has {', '.join(map(str, record))}; set data.{source}.image and data.{source}.caption"
             )
         image, captions = value_of(record, table.image), captions_of(record, table.caption, _unpacked)
-        split = _split(record, table.split, f"{path}: {where}", f"data.{source}.split")
-        yield AnnotationRow(image, captions, split, source, f"{path.name} {where}")
+        yield AnnotationRow(image, captions, _split(record, table.split), source, f"{path.name} {where}")
 
 
-def _split(record: dict[str, Any], column: str | None, where: str, field: str) -> str | None:
+def _split(record: dict[str, Any], column: str | None) -> str | None:
     if column is None or column not in record:
         return None
     value = record[column]
-    if value is None or value != value or value == "":
-        return NO_SPLIT
-    split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
-    if split is None:
-        raise ValueError(
-            f"{where} has {value!r} in column '{column}'; expected train, val or test; "
-            f"set {field}: null to choose splits by hash"
-        )
-    return split
+    return NO_SPLIT if value is None or value != value or value == "" else str(value)
 
 
 def _unpacked(value: Any) -> Any:

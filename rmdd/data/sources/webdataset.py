@@ -17,7 +17,7 @@ from rmdd.config import Data
 from rmdd.data.counts import IngestCounts, is_text
 from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, input_path
-from rmdd.data.source import Candidate, SampleSource, as_captions, hash_split, sample_files
+from rmdd.data.source import Candidate, SampleSource, as_captions, sample_files
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MEMBER_BYTES = 2**28
@@ -95,7 +95,7 @@ def candidates(
     keys: set[str] = set()
     try:
         for sample in samples(input_path(data.root) / file):
-            if candidate := _candidate(sample, file, split, data, keys, counts):
+            if candidate := _candidate(sample, file, split, keys, counts):
                 yield candidate
     except (TruncatedTar, tarfile.TarError, EOFError) as error:
         counts.rows_in += 1
@@ -124,9 +124,7 @@ def samples(tar: InputPath) -> Iterator[Sample]:
             yield sample
 
 
-def _candidate(
-    sample: Sample, file: str, split: str | None, data: Data, keys: set[str], counts: IngestCounts
-) -> Candidate | None:
+def _candidate(sample: Sample, file: str, split: str | None, keys: set[str], counts: IngestCounts) -> Candidate | None:
     captions, image, origin = sample.captions, sample.image, f"{file} {sample.key}"
     counts.rows_in += 1
     counts.captions_in += len(captions)
@@ -143,8 +141,7 @@ def _candidate(
     if not usable:
         counts.reject(pair_id, "no_caption", origin, f"no caption among {', '.join(sample.members)}", 0)
         return None
-    row_split = split or hash_split(pair_id, data.split_fractions)
-    return Candidate(pair_id, tuple(usable), row_split, "webdataset", origin, image)
+    return Candidate(pair_id, tuple(usable), split, "webdataset", origin, image)
 
 
 def _check_layout(tar: InputPath) -> None:

@@ -24,7 +24,7 @@ def test_coco_takes_filepath_raw_and_restval(root, put):
     )  # fmt: skip
     coco_rows = rows(root, layout="coco")
     assert [(row.image, row.split) for row in coco_rows] == [
-        ("train2014/a.jpg", "train"), ("val2014/b.jpg", "train"), ("val2014/c.jpg", "test"),
+        ("train2014/a.jpg", "train"), ("val2014/b.jpg", "restval"), ("val2014/c.jpg", "test"),
     ]  # fmt: skip
     assert coco_rows[0].captions == ("A bowl of plums.", "Ripe fruit! ")
     assert coco_rows[0].source == "coco" and coco_rows[1].origin == "dataset_coco.json image 1"
@@ -56,7 +56,6 @@ def test_coco_2014_names_are_found_under_2017(root, draw, put, tmp_path):
         ([{"image": "a", "caption": "b"}], "source: lists"),
         ({"images": {}}, "expected an object with a list `images`"),
         ({"images": [{"filename": "a.jpg", "split": "train"}]}, "image 0 needs filename"),
-        ({"images": [image("a.jpg", "holdout", "x")]}, "split 'holdout'"),
         ('{"images": []}\n{"images": []}', "JSON lines"),
     ],
 )

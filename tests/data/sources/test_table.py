@@ -3,16 +3,12 @@ import pyarrow.parquet as pq
 import pytest
 from formats import rows_of
 
-from rmdd.config import Data, TableSource
+from rmdd.config import Data, Splits, TableSource
+from rmdd.data.carving import meaning
 from rmdd.data.ingest import ingest
 from rmdd.data.source import NO_SPLIT
 
-EXPECTED = [
-    ("1.png", ("A, b", "c"), "train"),
-    ("1.png", ("d",), "train"),
-    ("2.png", ("e",), "val"),
-    ("3.png", ("f",), "test"),
-]
+EXPECTED = [("1.png", ("A, b", "c")), ("1.png", ("d",)), ("2.png", ("e",)), ("3.png", ("f",))]
 CSV = """image,caption,split
 1.png,"[""A, b"", ""c""]",train
 1.png,d,train
@@ -37,7 +33,7 @@ def rows(root, **table):
 
 
 def values(parsed):
-    return [(row.image, row.captions, row.split) for row in parsed]
+    return [(row.image, row.captions) for row in parsed]
 
 
 def write_parquet(path):
@@ -60,7 +56,10 @@ def test_every_format_gives_the_same_rows(root, put, name, text):
         write_parquet(root / name)
     else:
         put(name, text)
-    assert values(rows(root, file=name)) == EXPECTED
+    parsed = rows(root, file=name)
+    assert values(parsed) == EXPECTED
+    data = Data(source="table", root=str(root), table=TableSource(file=name))
+    assert [meaning(row.split, data) for row in parsed] == ["train", "train", "val", "test"]
 
 
 def test_rows_of_one_image_become_one_pair(root, draw, tmp_path):
@@ -96,7 +95,6 @@ def test_rows_with_bad_cells_are_quarantined(root, put, draw, tmp_path):
     ("name", "text", "message"),
     [
         ("captions.csv", "file,caption\n1.png,x\n", "no column 'image'; it has file, caption; set data.table.image"),
-        ("captions.csv", "image,caption,split\n1.png,x,holdout\n", "line 2 has 'holdout' in column 'split'"),
         ("captions.csv", "image,image,caption\n1,2,x\n", "two of the columns image, image, caption have the same name"),
         ("captions.csv", 'image,caption\n1.png,"open\n', "cannot be read"),
         ("t.jsonl", "[1]\n", "line 1 is a list of 1.*source: lists"),
@@ -110,6 +108,20 @@ def test_files_of_other_formats_are_refused(root, put, name, text, message):
     put(name, text)
     with pytest.raises(ValueError, match=message):
         rows(root, file=name)
+
+
+def test_an_unknown_split_is_refused_until_it_is_named(root, draw, put, tmp_path):
+    draw("1.png", "2.png", "3.png")
+    put("captions.csv", "image,caption,split\n1.png,x,train\n2.png,x,Hold out\n3.png,x,extra\n")
+    data = Data(source="table", root=str(root))
+    with pytest.raises(
+        ValueError, match=r"captions.csv line 3: 'Hold out' is not .* data.splits.names: {hold out: val}"
+    ):
+        ingest(data, tmp_path / "out")
+    named = data.model_copy(update={"splits": Splits(names={"Hold out": "val", "extra": "none"})})
+    dataset = ingest(named, tmp_path / "out")
+    assert {split: n["pairs"] for split, n in dataset.counts.items()} == {"train": 1, "val": 1, "test": 0}
+    assert dataset.manifest["quarantine"] == {"no_split": 1}
 
 
 def test_a_missing_table_is_reported(root):
