@@ -93,11 +93,12 @@ def test_the_page_reports_certainty_and_peeking(storage):
     assert reference["minus_test_last"] == pytest.approx(picked["mean"] - rows[0])
     assert set(evaluation["scores"]["points"]) == {"HLR", "IOR", "augmented", "plain"}
     assert evaluation["scores"]["rates"] == {"dsa": 0.1, "none": 0.1}
+    assert evaluation["galleries"]["test"]["pairs"] == 5 and evaluation["chance"]["test"]["IR@5"] == 100
     assert evaluation["size"]["pairs"] == 8 and evaluation["size"]["set_bytes"] == 4 * (8 * (768 + 16) + 32 + 4)
     cost = json.loads((run_folder(run) / "cost.json").read_text())
     assert cost["seconds_per_iteration"] > 0 and cost["iterations_timed"] == 7 and cost["gpu_hours"] == 0
     page = (run_folder(run) / "report.html").read_text()
-    assert "Gain from picking on test" in page and "IOR: the set minus random pairs with the same recipe" in page
+    assert "Difference of the paper" in page and "IOR: the set minus random pairs with the same recipe" in page
 
 
 def test_incomplete_records_are_computed_again(storage):

@@ -50,7 +50,9 @@ def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
     """Return a table of R@mean on val and recalls on test, with a row for each kind of training set."""
-    caption = "\n".join([evaluation["spread"], *referee.lines(evaluation, NAMES)])
+    warning = referee.gallery_warning(evaluation)
+    notes = [evaluation["spread"], *([f"warning: {warning}"] if warning else []), *referee.lines(evaluation, NAMES)]
+    caption = "\n".join(notes)
     table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
     for column in COLUMNS:
@@ -63,6 +65,11 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
             table.add_section()
         label = f"{row['trained on']}, reference protocol,\n{by_paper}" if picked else row["trained on"]
         table.add_row(label, *cells, style="dim" if picked else None)
+    if expected := evaluation.get("chance"):
+        val, test = expected["val"]["R@mean"], expected["test"]
+        chance = {"val R@mean": val, "test R@mean": test["R@mean"], **test}
+        table.add_section()
+        table.add_row("chance", *(f"{chance[column]:.1f}" for column in COLUMNS), style="dim")
     return table
 
 

@@ -7,12 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rmdd import config
 from rmdd.config import budget
 from rmdd.evaluate.bootstrap import DRAWS, METRICS, differences, intervals
 from rmdd.evaluate.protocol import Job, StudentProtocol, summary
 from rmdd.evaluate.references import Reference
-from rmdd.evaluate.retrieval import Ranks
+from rmdd.evaluate.retrieval import Ranks, chance
+from rmdd.models.prepared import SplitSource
 
 FLOAT = 4
 """Number of bytes of a float32 number."""
@@ -43,6 +46,13 @@ def table_of(
     if records["reference"]:
         table[method]["test_best_reference"] = summary(records["reference"], "test_best_reference")
     return table
+
+
+def gallery_sections(splits: SplitSource) -> dict[str, Any]:
+    """Return the section `galleries`, sizes of the splits, and `chance`, recalls of random rankings."""
+    opened = {name: splits.open(name).split for name in ("train", "val", "test")}
+    expected = {name: chance(torch.from_numpy(opened[name].image_of)).as_dict() for name in ("val", "test")}
+    return {"galleries": {name: split.facts() for name, split in opened.items()}, "chance": expected}
 
 
 def choices_section(

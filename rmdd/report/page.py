@@ -71,6 +71,8 @@ def write_report(
         "order": in_words(distilled.order, distilled.between) if len(distilled.subsets) > 1 else "",
         "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
+        "sizes": referee.split_sizes(evaluation),
+        "gallery_warning": referee.gallery_warning(evaluation),
         "bars": _bars(name, distilled, evaluation),
         "gallery": _gallery(paths, distilled),
         "first_pairs": max(2, FIRST // len(distilled.subsets)),
@@ -221,6 +223,7 @@ def _result_groups(name: str, distilled: DistilledSet, evaluation: dict[str, Any
                 for row, label in labels.items()
                 if kind in table[row]
             ],
+            "chance": evaluation.get("chance", {}).get({"val": "val", "test_last": "test"}.get(kind, "")),
         }
         for kind, title in titles.items()
         if any(kind in table[row] for row in labels)

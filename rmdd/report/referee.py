@@ -1,5 +1,5 @@
 """Tables of the report after the result table: bootstrap intervals, the gain from picking the best pass on test,
-LRS/ARS scores, and cost.
+LRS/ARS scores, and cost; a warning about small galleries.
 
 A table is left out if the evaluation has no numbers for it.
 """
@@ -7,6 +7,8 @@ A table is left out if the evaluation has no numbers for it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+SMALL_GALLERY = 100
+"""Number of images below which chance is above 10 % at IR@10."""
 TextTable = dict[str, Any]
 """A table whose cells are text: `title`, column `heads`, `rows` (lists of a label and cells) and `note`."""
 
@@ -36,6 +38,26 @@ def lines(evaluation: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]
     for table in tables(evaluation, labels, ("R@mean",)):
         rows += [f"{label}: {', '.join(cells)}" for label, *cells in table["rows"]]
     return rows
+
+
+def split_sizes(evaluation: Mapping[str, Any]) -> str:
+    """Return the sizes of the splits as text; empty if the evaluation lacks them."""
+    sizes = evaluation.get("galleries", {}).items()
+    return ", ".join(f"{split} {n['pairs']:,} images with {n['captions']:,} captions" for split, n in sizes)
+
+
+def gallery_warning(evaluation: Mapping[str, Any]) -> str:
+    """Return a warning if val or test has few images, so that recalls at 5 and 10 say little; otherwise empty text."""
+    galleries, expected = evaluation.get("galleries", {}), evaluation.get("chance", {})
+    small = {split: galleries[split]["pairs"] for split in expected if galleries[split]["pairs"] < SMALL_GALLERY}
+    if not small:
+        return ""
+    smallest = expected[min(small, key=lambda split: small[split])]
+    sizes = " and ".join(f"{split} has only {n} images" for split, n in small.items())
+    return (
+        f"{sizes}: recalls at 5 and 10 say little, "
+        f"because chance reaches IR@5 {smallest['IR@5']:.1f} and IR@10 {smallest['IR@10']:.1f}"
+    )
 
 
 def between(interval: Mapping[str, float], sign: str = "") -> str:

@@ -291,7 +291,7 @@ class Steps:
             "table": table,
             **({"probes": facts} if facts else {}),
             "diverged": {kind: sum("diverged" in r for r in rs) for kind, rs in by_kind.items()},
-            "galleries": {s: splits.open(s).split.facts() for s in ("train", "val", "test")},
+            **summary.gallery_sections(splits),
             "spread": "sample standard deviation over students (distilled), draws (random) and experts (full)",
             **summary.choices_section(by_protocol, candidates, chosen, curve, (loss, lr), tried),
             "student_curves": [r["curve"] for r in by_kind["student"]],

@@ -237,6 +237,19 @@ def test_expected_recall_is_the_mean_over_all_orders_of_tied_candidates(counts):
             assert result.ir[k] == pytest.approx(sum(ir) / len(ir)) and result.tr[k] == pytest.approx(sum(tr) / len(tr))
 
 
+@pytest.mark.parametrize("counts", [[2, 1, 3], [1, 1, 1, 1], [5, 1]])
+def test_chance_is_the_mean_over_all_rankings(counts):
+    by_chance, of = chance(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), (1, 2, 5)), []
+    for image, captions in enumerate(counts):
+        of += [image] * captions
+    for k in (1, 2, 5):
+        ir = [over_all_orders([0.0] * len(counts), [image], k) for image in of]
+        owned = [[j for j, image in enumerate(of) if image == i] for i in range(len(counts))]
+        tr = [over_all_orders([0.0] * len(of), captions, k) for captions in owned]
+        assert by_chance.ir[k] == pytest.approx(sum(ir) / len(ir))
+        assert by_chance.tr[k] == pytest.approx(sum(tr) / len(tr))
+
+
 @pytest.mark.parametrize("counts", GALLERIES.values(), ids=GALLERIES)
 def test_the_expected_recall_of_constant_scores_is_chance(counts):
     _, image_of = problem(5, counts)

@@ -21,6 +21,7 @@ from rmdd.core.files import append_jsonl, write_json
 from rmdd.distill import similarity
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
+from rmdd.evaluate.retrieval import chance
 from rmdd.report import page, plots, referee
 from rmdd.report.page import headline, write_report
 from rmdd.report.search import write_page
@@ -203,8 +204,9 @@ def test_only_protocols_that_pick_a_pass_on_test_are_said_to_pick_on_test(tmp_pa
     assert ("The last pass by the paper" in page) == (not picks)
 
 
-def full_evaluation(iterations):
-    """Return an evaluation with every optional section: intervals, reference protocol, scores and size."""
+def full_evaluation(iterations, test_images=300):
+    """Return an evaluation with every optional section: intervals, reference protocol, scores, sizes and chance."""
+    images = {"train": 1234, "val": 200, "test": test_images}
     points = {key: {"mean": 7.5, "low": -1.0, "high": 9.0} for key in ("HLR", "IOR", "augmented", "plain")}
     return evaluation_of(
         iterations,
@@ -217,6 +219,8 @@ def full_evaluation(iterations):
             "protocol": "lors", "reported": "best", "scorings": 11, "minus_test_last": 2.5, "minus_own_last": 0.75,
         },
         size={"pairs": 5, "set_bytes": 61440},
+        galleries={split: {"pairs": n, "captions": 2 * n} for split, n in images.items()},
+        chance={s: chance(torch.arange(images[s]).repeat_interleave(2)).as_dict() for s in ("val", "test")},
         scores={"points": points, "LRS": 28.25, "ARS": 31.5, "augment": "dsa", "similarity": "identity"},
     )  # fmt: skip
 
@@ -244,6 +248,25 @@ def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
         assert cost in text
     lines = referee.lines(evaluation, {"ptm_st": "PTM-ST"})
     assert "PTM-ST minus random pairs [95 %]: +16.2 [+14.8, +18.8]" in lines and "LRS, 0 to 100: 28.2" in lines
+
+
+@pytest.mark.parametrize("images, warned", [(4, True), (300, False)])
+def test_the_page_and_the_table_show_chance_and_warn_of_a_small_gallery(tmp_path, images, warned):
+    evaluation = full_evaluation([40], test_images=images)
+    text, console = page_of(tmp_path, evaluation), Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(evaluation))
+    expected, printed = evaluation["chance"], console.export_text()
+    for split in ("val", "test"):
+        row = "".join(f"<td>{expected[split][m]:.1f}</td>" for m in page.RECALLS)
+        assert f'<tr class="chance"><td>chance</td>{row}' in text
+    row = next(re.findall(r"[\d.]+", line) for line in printed.splitlines() if re.search(r"^\W*chance ", line))
+    assert row == [f"{v:.1f}" for v in (expected["val"]["R@mean"], *(expected["test"][m] for m in page.RECALLS))]
+    warning = (
+        "test has only 4 images: recalls at 5 and 10 say little, because chance reaches IR@5 100.0 and IR@10 100.0"
+    )
+    for shown in (text, " ".join(printed.split())):
+        assert (warning in shown) == ("say little" in shown) == warned
+    assert f"train 1,234 images with 2,468 captions, val 200 images with 400 captions, test {images} images" in text
 
 
 def test_a_single_student_has_no_spread(tmp_path):
