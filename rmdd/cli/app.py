@@ -8,12 +8,13 @@ Commands import heavy modules inside their function, so that `rmdd --help` answe
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 import rmdd.cli
 from rmdd.cli.command import stop_on_sigterm
+from rmdd.core.version import VERSION
 
 ENTRY_POINTS = "rmdd.commands"
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 mistakes in run file or options, 130 stopped (prints how to resume)."
@@ -24,7 +25,8 @@ FIRST = ("steps", "about", "presets", "searches")
 def build() -> typer.Typer:
     """Build the Typer app with all commands of this folder and of installed plugins."""
     app = typer.Typer(
-        add_completion=False,
+        callback=_options,
+        context_settings={"help_option_names": ["-h", "--help"]},
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -48,6 +50,21 @@ def build() -> typer.Typer:
         if point.name not in commands:
             _add(app, point.name, point.load())
     return app
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+    return asked
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version of rmdd.")
+    ] = False,
+) -> None:
+    """Declare the options of `rmdd` itself; `_print_version` handles the option `--version`."""
 
 
 def _add(app: typer.Typer, name: str, command: Any) -> None:

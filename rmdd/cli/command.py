@@ -14,6 +14,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -27,13 +28,23 @@ import typer
 from rmdd import config
 from rmdd.cli.console import stdout
 from rmdd.cli.loading import load
+from rmdd.config.presets import preset_names
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, run_folder
 
 if TYPE_CHECKING:
     from rmdd.pipeline import Pipeline
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")]
+
+def presets_from(incomplete: str) -> list[str]:
+    """Return the names of presets that begin with `incomplete`, for the completion of command lines in shells."""
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+SOURCE: Any = typer.Argument(
+    metavar="CONFIG", help="A preset's name, a YAML file or a run folder.", autocompletion=presets_from
+)
+Source = Annotated[str, SOURCE]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a field, such as distill.phases.0.pairs=20.")
 ]
@@ -118,6 +129,12 @@ class Call:
 
     def show(self, output: Output, as_json: bool) -> None:
         """Print `output`, then raise the error `output.failed` unless it is None."""
+        with quiet_if_unread():
+            self._print(output, as_json)
+        if output.failed is not None:
+            raise output.failed
+
+    def _print(self, output: Output, as_json: bool) -> None:
         if as_json:
             print_json(output.facts | self.more if self.more else output.facts)
         else:
@@ -128,8 +145,6 @@ class Call:
                 else:
                     wrap = False if output.wrap or self.more else None
                     stdout().print(line, highlight=False, markup=False, soft_wrap=wrap)
-        if output.failed is not None:
-            raise output.failed
 
 
 @overload
@@ -211,6 +226,17 @@ def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = 
     except (RuntimeError, OSError, MemoryError) as error:
         resume_with = how_to_resume("\nafter fixing the problem, resume with")
         end(f"error: {words(error)}{resume_with}", 1, error)
+
+
+@contextlib.contextmanager
+def quiet_if_unread() -> Iterator[None]:
+    """If the reader of stdout has gone, as in `rmdd presets | head -3`, end with the exit code of other Unix tools."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it ends
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 def stop_on_sigterm() -> None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from rmdd import config
-from rmdd.cli.command import Call, Output, Sets, command, failure
+from rmdd.cli.command import Call, Output, Sets, command, failure, presets_from
 from rmdd.cli.loading import load
+from rmdd.cli.table import FittedTable
 from rmdd.core.storage import address_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     str | None,
-    typer.Option("--config", metavar="CONFIG", help="Preset or run file with data and protocol; default: first set's."),
+    typer.Option(
+        "--config",
+        metavar="CONFIG",
+        help="Preset, run file or run folder with data and protocol; default: first set's.",
+        autocompletion=presets_from,
+    ),
 ]
 ONLY_IN_FILES = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "parameters", "bytes", "seconds")
 """Columns of measured results that are written to files, but not printed: they do not fit on a terminal."""
@@ -101,7 +106,7 @@ def run_comparison(call: Call, comparison: "Comparison | Transfer") -> Output:
 
 def _rich_tables(measured: "Sequence[tables.ResultTable]") -> Iterable[RenderableType]:
     for table in measured:
-        drawn = Table(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
+        drawn = FittedTable(title=Text(table.title), style="dim" if table.apart else "", box=box.SIMPLE_HEAD)
         shown = [k for k, name in enumerate(table.columns) if table.apart or name not in ONLY_IN_FILES]
         for k in shown:
             justify: Literal["left", "right"] = "left" if table.aligned_left()[k] else "right"

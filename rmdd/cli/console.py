@@ -1,6 +1,7 @@
 """Tables and lists that the commands print on the terminal."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from textwrap import indent
 from typing import Any
@@ -9,19 +10,27 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rmdd.cli.table import FittedTable
 from rmdd.config import as_yaml
 from rmdd.report import referee
 from rmdd.report.rows import COLUMNS, NAMES, score_rows
 
 PAD = "  "
 TABLE_WIDTH = 80
-"""Width in characters of the tables of methods and of presets."""
+"""Width in characters of the tables of methods and of presets on consoles that are not narrower."""
+
+
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # Rich would end the process here
 
 
 def stdout() -> Console:
-    """Return a console as wide as the terminal or, if the output goes to a file or pipe, 132 characters wide."""
-    console = Console()
-    return console if console.is_terminal else Console(width=132, soft_wrap=True)
+    """Return a console as wide as the terminal. For a file or pipe, it has the width in the variable `COLUMNS`; without
+    this variable, it is 132 characters wide, and longer lines are not broken."""
+    console = _Stdout()
+    wide = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return console if wide else _Stdout(width=132, soft_wrap=True)
 
 
 def results(evaluation: Mapping[str, Any]) -> RenderableType:
@@ -32,7 +41,7 @@ def results(evaluation: Mapping[str, Any]) -> RenderableType:
 def probe_table(evaluation: Mapping[str, Any], name: str) -> Table:
     """Return a table of one probe: scores, chance level and, for kind vqa, the score of the most frequent answer."""
     facts = evaluation["probes"][name]
-    table = Table(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
+    table = FittedTable(title=f"Probe {name} ({facts['kind']}), in %", title_justify="left")
     rows = {row: scores["probes"][name] for row, scores in evaluation["table"].items()}
     metrics = list(next(iter(rows.values())))
     table.add_column("trained on")
@@ -53,7 +62,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     warning = referee.gallery_warning(evaluation)
     notes = [evaluation["spread"], *([f"warning: {warning}"] if warning else []), *referee.lines(evaluation, NAMES)]
     caption = "\n".join(notes)
-    table = Table(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
+    table = FittedTable(title="Recall in %, mean ± spread", caption=caption, caption_justify="left")
     table.add_column("trained on")
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
@@ -75,7 +84,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 def sweep_table(runs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with the runs (and the spread over students) above the settings (and the spread over seeds)."""
-    table = Table(
+    table = FittedTable(
         title="R@mean in %, mean ± spread", caption="below the line: spread over seeds", caption_justify="left"
     )
     keys = dict.fromkeys(key for row in runs for key in row["settings"])
@@ -95,7 +104,7 @@ def search_table(rows: Sequence[Mapping[str, Any]], best: Sequence[int], most: i
     """Return a table of the `most` trials with the best val R@mean; its caption counts the trials by state."""
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    table = Table(title="val R@mean in %; test was not read", caption=counts, caption_justify="left")
+    table = FittedTable(title="val R@mean in %; test was not read", caption=counts, caption_justify="left")
     keys = dict.fromkeys(key for row in rows for key in row["values"])
     for column in ("trial", *keys, "val", "state"):
         table.add_column(column)
@@ -152,7 +161,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 def _phases(facts: Mapping[str, Any]) -> Table:
     foreseen = facts["phases_foreseen"]
-    table = Table(title="Phases (forecast)" if foreseen else "Phases")
+    table = FittedTable(title="Phases (forecast)" if foreseen else "Phases")
     matched = any("start" in p for p in facts["phases"])
     for column in ("phase", "pairs", *(("starts", "endpoint") if matched else ()), "iterations", "done"):
         table.add_column(column, justify="right")
@@ -167,7 +176,7 @@ def _phases(facts: Mapping[str, Any]) -> Table:
 def _costs(facts: Mapping[str, Any]) -> Table:
     disk, time = facts["disk"], facts["time"]
     assumed = f"time: assumes {time['assumed']}; data loading is not included"
-    table = Table(title="Estimated cost", caption=assumed, caption_justify="left")
+    table = FittedTable(title="Estimated cost", caption=assumed, caption_justify="left")
     for column in ("step", "disk", "memory per worker", "FLOPs", "time"):
         table.add_column(column, justify="right")
     step_memory = next(iter(facts["memory"].values()), None)
@@ -196,7 +205,7 @@ def duration(seconds: float) -> str:
 
 def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a table of the cosine and the norm ratio of the first-order and exact meta-gradients of every tensor."""
-    table = Table(title="first-order and exact meta-gradient: cosine (norm ratio)")
+    table = FittedTable(title="first-order and exact meta-gradient: cosine (norm ratio)")
     table.add_column("iteration", justify="right")
     for name in medians:
         table.add_column(name, justify="right", no_wrap=True)
@@ -212,7 +221,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Mapping[
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with one row per mapping in `rows` and one column per key of these mappings."""
-    table = Table()
+    table = FittedTable()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for name in columns:
         table.add_column(name, justify="right" if isinstance(rows[0].get(name), float | int) else "left")
@@ -224,7 +233,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def health_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of how far embeddings have collapsed: a row per metric, a column per snapshot of a set."""
-    table = Table()
+    table = FittedTable()
     for title in ("", *(" ".join(map(str, (row["set"], *row.get("iterations", ())))) for row in rows)):
         table.add_column(title, justify="right" if title else "left")
     for name in dict.fromkeys(key for row in rows for key in row if key not in ("set", "iterations")):
@@ -242,7 +251,7 @@ def methods(listed: Sequence[Mapping[str, Any]]) -> Table:
         "What is not verified needs a GPU, pretrained weights or the datasets.\n"
         "`rmdd methods NAME` prints idea, equations, defaults and presets of a method."
     )
-    table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
+    table = FittedTable(caption=caption, caption_justify="left", most=TABLE_WIDTH)
     for column in ("method", "family", "needs", "card"):
         table.add_column(column, overflow="fold")
     table.add_column("status", ratio=1)

@@ -1,8 +1,11 @@
 """Load the run that a command line names: a preset, a run file or a run folder, with absolute paths."""
 
+from pathlib import Path
+
 import yaml
 
 from rmdd import config
+from rmdd.config.presets import find_preset
 from rmdd.core.layout import locate_file
 from rmdd.core.storage import is_uri, run_folder
 from rmdd.runs.absolute import with_absolute_paths
@@ -11,13 +14,17 @@ from rmdd.runs.absolute import with_absolute_paths
 def load(source: config.Source, sets: list[str]) -> config.Run:
     """Load a run and make its paths absolute, so that the run can be resumed from any working folder.
 
-    The run's hash contains the paths of local weights and text encoders, so a run with different paths is a new run.
+    `source` is a mapping, the name of a preset, the path of a run file, or the path or URI of a run folder; `sets` are
+    overrides such as `a.b=c`. The run's hash contains the paths of local weights and text encoders, so a run with
+    different paths is a new run.
     """
+    if isinstance(source, str) and find_preset(source) is None and (is_uri(source) or Path(source).is_dir()):
+        source = load_folder(source, "no run.yaml in it; give a preset, a run file or the folder of a run")
     return with_absolute_paths(config.load(source, sets))
 
 
-def load_folder(address: str) -> config.Run:
-    """Load the run of a run folder, given as a path or URI.
+def load_folder(address: str, without: str = "") -> config.Run:
+    """Load the run of a run folder, given as a path or URI. `without` is the error message for other folders.
 
     Raises `ConfigError` if `address` is not a run folder, and `ValueError` if this version of rmdd cannot read the
     layout of the folder's storage.
@@ -29,7 +36,7 @@ def load_folder(address: str) -> config.Run:
             "this folder does not exist" if absent else "no run.yaml, sweep.json, search.json or comparison.json in it"
         )
         advice = "give the folder of a run, sweep, search or comparison, such as runs/demo-0123abcd"
-        raise config.ConfigError([f"{mistake}; {advice}"], address)
+        raise config.ConfigError([without or f"{mistake}; {advice}"], address)
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):
         raw["runtime"] = {**(raw.get("runtime") or {}), "storage": storage}

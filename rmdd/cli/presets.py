@@ -7,14 +7,18 @@ import typer
 from rich.table import Table
 
 from rmdd import config
-from rmdd.cli.command import Output, command
+from rmdd.cli.command import Output, command, presets_from
 from rmdd.cli.console import TABLE_WIDTH
+from rmdd.cli.table import FittedTable
 from rmdd.config.presets import PRESETS, find_preset, no_preset, preset, preset_files
 
 
 @command(options=())
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Dataset to list, or a preset or preset file to print.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Dataset to list, or a preset or preset file to print.", autocompletion=presets_from),
+    ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Add the fields from presets that it extends.")] = False,
 ) -> Output:
     """List the presets (run files that come with rmdd), or print one."""
@@ -63,7 +67,7 @@ def _table(files: dict[str, list[str]]) -> Table:
         "rmdd presets DATASET lists one dataset, rmdd presets FILE prints a file,\n"
         "rmdd presets PRESET prints one run file."
     )
-    table = Table(caption=caption, caption_justify="left", width=TABLE_WIDTH)
+    table = FittedTable(caption=caption, caption_justify="left", most=TABLE_WIDTH)
     table.add_column("file", no_wrap=True)
     table.add_column("budgets and variants", ratio=1)
     previous = None

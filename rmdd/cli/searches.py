@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rmdd import config
-from rmdd.cli.command import Call, Folder, Output, Sets, Source, command, failure
+from rmdd.cli.command import SOURCE, Call, Folder, Output, Sets, Source, command, failure
 from rmdd.cli.compare import run_comparison
 from rmdd.cli.console import search_table, sweep_table
 from rmdd.cli.loading import load, load_folder
@@ -54,7 +54,7 @@ def run_sweep(call: Call, members: "list[Member]") -> Output:
 @command
 def search(
     call: Call,
-    source: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A preset's name or a YAML file.")] = None,
+    source: Annotated[str | None, SOURCE] = None,
     set_: Sets = None,
     resume: SearchFolder = None,
 ) -> Output:

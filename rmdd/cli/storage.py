@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rmdd.cli.command import Output, command
 from rmdd.cli.console import duration, size
+from rmdd.cli.table import FittedTable
 
 if TYPE_CHECKING:
     from rmdd.inventory.listing import Listed
@@ -36,7 +37,7 @@ def _table(rows: "Sequence[Listed]") -> Table:
         "val, test: R@mean in %; of a sweep or search, of the run that is best on val.\n"
         "disk: the folder itself + the data, experts, phases and baselines it needs, which others may share."
     )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table = FittedTable(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("folder", overflow="fold")
     for name in ("kind", "method"):
         table.add_column(name)

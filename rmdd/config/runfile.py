@@ -6,9 +6,10 @@ The other modules of `rmdd.config` declare the fields of each section; `rmdd.con
 from __future__ import annotations
 
 import copy
+import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -189,7 +190,7 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
         try:
             value = kind.model_validate(raw, context=clashes)
         except ValidationError as error:
-            mistakes += [] if broken else [_mistake(e, listed_by) for e in error.errors()]
+            mistakes += [] if broken else [_mistake(e, kind, listed_by) for e in error.errors()]
             deleted = _delete_fields(raw, [e["loc"] for e in error.errors()])
             if not deleted:
                 return None, mistakes
@@ -199,8 +200,8 @@ def validate(kind: type[S], raw: dict[str, Any], listed_by: str = KEYS) -> tuple
         return (None if mistakes else value), mistakes
 
 
-def _mistake(error: Any, listed_by: str) -> str:
-    """Return one of pydantic's errors as a line: the field, what is wrong, and the value.
+def _mistake(error: Any, kind: type[Section], listed_by: str) -> str:
+    """Return one of pydantic's errors about a section of class `kind` as a line: the field, what is wrong, the value.
 
     `listed_by` says where the valid keys are listed.
     """
@@ -212,7 +213,8 @@ def _mistake(error: Any, listed_by: str) -> str:
     if where in MOVED:
         return f"{where}: moved to {MOVED[where]}"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {listed_by}"
+        similar = " or ".join(_similar(kind, place))
+        return f"{where}: unknown key; " + (f"did you mean {similar}?" if similar else listed_by)
     message = error["msg"].removeprefix("Value error, ")
     shown = (
         ""
@@ -220,6 +222,38 @@ def _mistake(error: Any, listed_by: str) -> str:
         else f", found {error.get('input')!r}"
     )
     return f"{where}: {message}{shown}" if where else message
+
+
+def _similar(kind: type[Section], place: Sequence[Any]) -> list[str]:
+    """Return what the unknown key at `place` may stand for: a similar key beside it, or else up to three paths of keys
+    elsewhere in a section of class `kind`."""
+    sections: set[type[Section]] = {kind}
+    for part in place[:-1]:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = {inner for field in fields for _, inner in _sections_in(field.annotation)} or sections
+    name = str(place[-1])
+    if beside := difflib.get_close_matches(name, [key for section in sections for key in section.model_fields], n=1):
+        return beside
+    paths = list(_paths(kind))
+    keys = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.8)
+    return [path for path in paths if path.rpartition(".")[2] in keys][:3]
+
+
+def _paths(kind: type[Section], place: str = "") -> Iterator[str]:
+    """Yield the dotted path of every field of a section and of the sections in it."""
+    for name, field in kind.model_fields.items():
+        yield f"{place}{name}"
+        for entry, inner in _sections_in(field.annotation):
+            yield from _paths(inner, f"{place}{name}.{entry}")
+
+
+def _sections_in(annotation: Any) -> Iterator[tuple[str, type[Section]]]:
+    """Yield the section classes in a type hint, each with the key of an example entry if it is in a list or mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield "", annotation
+    entry = {tuple: "0.", list: "0.", dict: "NAME."}.get(get_origin(annotation), "")
+    for part in get_args(annotation):
+        yield from ((entry + key, inner) for key, inner in _sections_in(part))
 
 
 def _delete_fields(raw: dict[str, Any], places: Iterable[Sequence[Any]]) -> set[str]:

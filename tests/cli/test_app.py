@@ -125,7 +125,13 @@ def test_all_mistakes_are_reported_together(workdir):
     assert done.exit_code == 2 and done.stdout == ""
     word = rmdd_("run", "demo", *sets("distill.phases=automatic"))
     assert word.exit_code == 2 and "phases: must be a list of phases, or one of auto and adaptive" in word.stderr
-    for words in ("experts.num", "distil: unknown key", "evaluate.students", "no entry '7'", "4 mistake"):
+    for words in (
+        "experts.num",
+        "distil: unknown key; did you mean distill?",
+        "evaluate.students",
+        "no entry '7'",
+        "4 mistake",
+    ):
         assert words in done.stderr
     assert not list(workdir.iterdir())
 
@@ -314,6 +320,23 @@ def test_resume_works_in_a_moved_run_folder(workdir, monkeypatch):
     monkeypatch.chdir(workdir / "elsewhere")
     assert rmdd_("resume", str(folder), "--quiet").exit_code == 0
     assert steps.folder == folder and steps.runs[0].hash_of() == steps.runs[1].hash_of()
+
+
+@pytest.mark.parametrize("command", ["check", "run", "report"])
+def test_a_run_folder_stands_for_its_run(workdir, monkeypatch, command):
+    steps = Steps().install(monkeypatch)
+    steps.report = lambda: steps.folder / "report.html"
+    rmdd_("run", "demo", "--quiet", *sets("seed=7", "runtime.storage=there"))
+    folder = steps.folder
+    monkeypatch.chdir(folder)
+    done = rmdd_(command, str(folder), "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["run"] == str(folder)
+    assert rmdd_("run", str(folder), "--quiet", *sets("seed=8")).exit_code == 0
+    assert steps.runs[-1].seed == 8 and steps.folder.parent == folder.parent
+    wrong = rmdd_(command, str(workdir))
+    assert (
+        wrong.exit_code == 2 and "no run.yaml in it; give a preset, a run file or the folder of a run" in wrong.stderr
+    )
 
 
 def test_resume_refuses_other_folders_and_changed_run_files(workdir, monkeypatch):
