@@ -1,5 +1,6 @@
-"""Commands that change no run: `rmdd init`, `check`, `verify`, `methods`, `version`."""
+"""Commands that change no run: `rmdd init`, `check`, `schema`, `verify`, `methods`, `version`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,25 @@ def check(source: Source, set_: Sets = None) -> Output:
         raise config.ConfigError([str(error)], source) from error
     over = facts["budget"]["over"] if run.distill.budget_check == "error" else ""
     return Output(facts, [console.plan(facts)], config.ConfigError([over], source) if over else None)
+
+
+@command(options=())
+def schema(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write; default: print the schema.")] = None,
+) -> Output:
+    """Print the JSON Schema of run files, by which editors complete and explain fields and mark mistakes.
+
+    For VS Code with the YAML extension, run `rmdd schema --out rmdd.schema.json`, and begin a run file with the line
+    `# yaml-language-server: $schema=rmdd.schema.json`.
+    """
+    from rmdd.config.schema import run_file_schema
+
+    text = json.dumps(run_file_schema(), indent=2)
+    if out is None:
+        return Output(lines=[text])
+    with atomic_path(out) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return Output(lines=[f"wrote {out}; begin a run file with `# yaml-language-server: $schema={out}`"])
 
 
 @command(options=("json", "debug"))
