@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from rmdd.artefact.distilled import load as load
     from rmdd.comparisons.compare import compare as compare
     from rmdd.comparisons.coreset import coreset as coreset
+    from rmdd.comparisons.train import train as train
     from rmdd.comparisons.transfer import transfer as transfer
     from rmdd.config import Run as Run
     from rmdd.config import load as load_config
     from rmdd.core.version import VERSION as __version__
     from rmdd.pipeline import run as run
+    from rmdd.retrieval.model import load_model as load_model
     from rmdd.searches import search as search
     from rmdd.searches.sweeps import sweep as sweep
 
@@ -31,9 +33,11 @@ _HOME = {
     "coreset": ("rmdd.comparisons.coreset", "coreset"),
     "load": ("rmdd.artefact.distilled", "load"),
     "load_config": ("rmdd.config", "load"),
+    "load_model": ("rmdd.retrieval.model", "load_model"),
     "run": ("rmdd.pipeline", "run"),
     "search": ("rmdd.searches", "search"),
     "sweep": ("rmdd.searches.sweeps", "sweep"),
+    "train": ("rmdd.comparisons.train", "train"),
     "transfer": ("rmdd.comparisons.transfer", "transfer"),
 }
 
@@ -44,9 +48,11 @@ __all__ = [
     "coreset",
     "load",
     "load_config",
+    "load_model",
     "run",
     "search",
     "sweep",
+    "train",
     "transfer",
 ]
 

@@ -19,9 +19,10 @@ MODULES = {".".join(path.parts).removesuffix(".__init__"): tree for path, tree i
 RAY = {name for name in MODULES if name == "rmdd.execution.ray" or name.startswith("rmdd.execution.ray.")}
 
 ROOMS: dict[str, list[str]] = {
-    "rmdd": "cli searches comparisons pipeline artefact core config".split(),
+    "rmdd": "cli searches comparisons pipeline artefact retrieval core config".split(),
     "cli": (
-        "inventory bench analyse searches comparisons pipeline report runs methods evaluate artefact core config"
+        "inventory bench analyse searches comparisons pipeline report runs methods evaluate artefact retrieval core "
+        "config"
     ).split(),
     "bench": "pipeline methods distill experts models core config".split(),
     "analyse": (
@@ -29,11 +30,11 @@ ROOMS: dict[str, list[str]] = {
     ).split(),
     "inventory": "searches comparisons runs artefact distill core config".split(),
     "searches": (
-        "comparisons pipeline report runs methods evaluate artefact distill models execution core config".split()
-    ),
+        "comparisons pipeline report runs methods evaluate artefact retrieval distill models execution core config"
+    ).split(),
     "comparisons": (
-        "pipeline runs generate evaluate artefact distill experts coresets models data execution core config".split()
-    ),
+        "pipeline runs generate evaluate artefact retrieval distill experts coresets models data execution core config"
+    ).split(),
     "pipeline": "report runs artefact distill experts models data execution core config".split(),
     "report": "runs methods artefact distill experts data core config".split(),
     "runs": "methods generate evaluate artefact distill experts coresets models data execution core config".split(),
@@ -41,6 +42,7 @@ ROOMS: dict[str, list[str]] = {
     "generate": "distill experts coresets models data execution core config".split(),
     "evaluate": "artefact distill models data execution core config".split(),
     "artefact": "distill models data core config".split(),
+    "retrieval": "models data core config".split(),
     "distill": "experts coresets models data execution core config".split(),
     "experts": "coresets models data execution core config".split(),
     "coresets": "models data execution core config".split(),
@@ -52,7 +54,7 @@ ROOMS: dict[str, list[str]] = {
 }
 """The packages that each package may import; a package imports only those listed after it."""
 
-LAZY_IMPORTS = 40
+LAZY_IMPORTS = 44
 """Largest number of imports of rmdd modules inside functions; such imports keep `import rmdd` and the CLI fast."""
 WHOLE_RUN = 60
 """At most this many functions may take a complete `Run`; those in `runs`, `cli` and the pipeline are not counted."""

@@ -5,8 +5,6 @@ M pairs of a subset, images of H x W pixels, text embeddings of width F, R rank 
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from rmdd.config.budget import pair_parameters
 from rmdd.config.order import Between, Order, stages
 from rmdd.config.upgrade import upgraded
 from rmdd.core.checks import DiskCheck, Format
-from rmdd.core.files import atomic_path, read_json, sha256_file, temporary_beside, write_json
+from rmdd.core.files import read_json, replaced_folder, sha256_file, write_json
 from rmdd.core.tensors import Damaged, flatten_groups, load_checked, split_groups
 from rmdd.data.images import denormalise
 from rmdd.distill import similarity
@@ -204,17 +202,13 @@ class DistilledSet:
         """
         path = Path(path)
         _check_free(path, overwrite)
-        with atomic_path(path) as folder:
-            folder.mkdir()
+        with replaced_folder(path) as folder:
             tensors = [subset.tensors() for subset in self.subsets]
             write_subsets(folder / TENSORS, tensors, [subset.alpha for subset in self.subsets])
             _write_captions(self.subsets, self.mean, self.std, folder / CAPTIONS)
             for name, content in extra_files.items():
                 (folder / name).write_bytes(content)
             write_json(folder / DESCRIPTION, self._description(folder))
-            aside = _move_aside(path)
-        if aside:
-            shutil.rmtree(aside)
         return path
 
     def _description(self, folder: Path) -> dict[str, Any]:
@@ -401,15 +395,6 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} exists and is not a distilled set; choose another folder")
     if not overwrite:
         raise ValueError(f"{path} already holds a distilled set; choose another folder or pass overwrite=True")
-
-
-def _move_aside(path: Path) -> Path | None:
-    """Rename the set at `path`, if any, because a folder with files cannot be replaced; return its temporary path."""
-    if not path.exists():
-        return None
-    aside = temporary_beside(path, "old")
-    os.replace(path, aside)
-    return aside
 
 
 def verify(path: Path, check: DiskCheck) -> None:

@@ -241,6 +241,20 @@ class ScoredRow:
 
 def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[ScoredRow]:
     """Train and score the students of all rows in parallel: first to choose settings on val, then for the table."""
+    chosen, errors = choose(rows, backend, progress)
+    final: dict[int, list[Job]] = {}
+    for row in rows:
+        if id(row) not in errors:
+            rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
+            final[id(row)] = row.students(rule["loss"], rule["lr"])
+    done = run_jobs("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
+    return [_scored_row(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
+
+
+def choose(
+    rows: Sequence[Row], backend: Backend, progress: Progress
+) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Return the loss and the rate of each row, chosen on val, and the error messages of rows that failed, by id."""
     choices = {id(row): row.choices() for row in rows}
     tried = run_jobs("choices on val", [(row, job) for row in rows for job in choices[id(row)]], backend, progress)
     chosen: dict[int, dict[str, Any]] = {}
@@ -253,13 +267,7 @@ def score(rows: Sequence[Row], backend: Backend, progress: Progress) -> list[Sco
             (loss, lr), means = protocol.best_by_val(scored)
             grid = [{"loss": c[0] or row.run.distill.loss, "lr": c[1], "R@mean": v} for c, v in means.items()]
             chosen[id(row)] = {"loss": loss or row.run.distill.loss, "lr": lr, "val": grid}
-    final: dict[int, list[Job]] = {}
-    for row in rows:
-        if id(row) not in errors:
-            rule = chosen.get(id(row), {"loss": "", "lr": 0.0})
-            final[id(row)] = row.students(rule["loss"], rule["lr"])
-    done = run_jobs("students", [(row, job) for row in rows for job in final.get(id(row), [])], backend, progress)
-    return [_scored_row(row, final.get(id(row), []), done, chosen.get(id(row)), errors.get(id(row))) for row in rows]
+    return chosen, errors
 
 
 def _scored_row(

@@ -17,11 +17,11 @@ from rmdd.core.progress import Progress
 from rmdd.core.storage import absolute_runtime, open_storage, run_folder
 from rmdd.evaluate import protocol
 from rmdd.evaluate.probes.of_run import StudentProbes, faults, prepare, remarks
-from rmdd.evaluate.students import Diverged, StudentSchedule, train_student
+from rmdd.evaluate.students import Diverged
 from rmdd.evaluate.training_pairs import enlarged_to, pairs_of_set
 from rmdd.execution.backend import hold_folders, open_backend
 from rmdd.execution.tasks import Hooks, Interrupted, with_progress
-from rmdd.models.dual import DualEncoder, build
+from rmdd.models.dual import DualEncoder
 from rmdd.models.text import encoder_identity
 from rmdd.runs.absolute import with_absolute_paths
 
@@ -53,16 +53,18 @@ def run_of(path: Path, probes: Mapping[str, Any], overrides: Sequence[str] = ())
         "probes": dict(probes),
     }
     run = with_absolute_paths(config.load(raw | {"name": f"probes-of-{distilled.method}"}, overrides))
-    mistakes = faults(run.data, run.evaluate.probes)
-    encoder, local = distilled.model.get("text_encoder"), encoder_identity(run.model.text)
-    if encoder and encoder != local:
-        mistakes.append(
-            f"the set was made with text encoder {encoder}, but '{run.model.text.name}' on this machine is {local}; "
-            "install the encoder of the set"
-        )
-    if mistakes:
+    if mistakes := faults(run.data, run.evaluate.probes) + encoder_mistakes(distilled, run.model.text):
         raise config.ConfigError(mistakes, str(path))
     return run
+
+
+def encoder_mistakes(distilled: DistilledSet, tower: config.TextTower) -> list[str]:
+    """Return a message if the text encoder `tower` on this machine is not the one that a set was made with."""
+    encoder, local = distilled.model.get("text_encoder"), encoder_identity(tower)
+    if not encoder or encoder == local:
+        return []
+    made = f"the set was made with text encoder {encoder}, but '{tower.name}' on this machine is {local}"
+    return [f"{made}; install the encoder of the set"]
 
 
 def probe_set(path: Path, run: config.Run, progress: Progress) -> dict[str, Any]:
@@ -106,17 +108,15 @@ def student(item: SetProbeItem, hooks: Hooks) -> dict[str, Any]:
 def _trained(item: SetProbeItem, probes: StudentProbes, hooks: Hooks) -> DualEncoder | None:
     """Train the student and return the model; None if training diverged."""
     run, distilled = item.run, DistilledSet.load(item.set)
-    size, seed = run.data.image_size, run.seed_of("evaluate")
-    subsets = enlarged_to(size, pairs_of_set(distilled))
-    schedule = StudentSchedule.of(run.evaluate).on(distilled.mean, distilled.std)
-    model = build(run.model, subsets[0].texts.shape[1], size, seed, "student", item.index).to(device_of(run.runtime))
-    model.temperature = run.student_temperature
+    job, rule = protocol.Job("student", item.index), protocol.StudentProtocol.of(run)
+    subsets = enlarged_to(run.data.image_size, pairs_of_set(distilled))
+    model = protocol.new_student(job, rule, subsets, device_of(run.runtime))
 
     def heartbeat(stage: int, passes: int) -> None:
         hooks.should_stop()
 
     try:
-        train_student(model, subsets, schedule, run.distill.loss, seed, item.index, heartbeat)
+        protocol.training_of(job, rule, subsets, distilled.mean, distilled.std).train(model, heartbeat)
     except Diverged:
         return None
     probes.save_student(model)

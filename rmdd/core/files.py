@@ -86,6 +86,19 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder, which replaces the folder `path`, if there is one, when the block succeeds."""
+    with atomic_path(path) as folder:
+        folder.mkdir()
+        yield folder
+        aside = temporary_beside(path, "old") if path.exists() else None
+        if aside:  # a folder with files cannot be replaced
+            os.replace(path, aside)
+    if aside:
+        shutil.rmtree(aside)
+
+
 def remove(path: Path | str) -> None:
     """Remove a file or a folder if it exists."""
     with _changing(Path(path)):

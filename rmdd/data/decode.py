@@ -64,6 +64,11 @@ def decode_as(image: bytes, data: Data) -> Image.Image:
     return decode(image, max_pixels=data.max_pixels, background=data.background, exif_orientation=data.exif_orientation)
 
 
+def as_rgb(image: Image.Image, data: Data) -> Image.Image:
+    """Convert an image in memory to RGB pixels, with the EXIF orientation and the background that `data` says."""
+    return _rgb(ImageOps.exif_transpose(image) if data.exif_orientation else image, data.background)
+
+
 def squash(image: Image.Image, size: int) -> np.ndarray:
     """Resize an RGB image to `size` x `size` (bicubic, aspect ratio not preserved); return uint8 (3, size, size)."""
     if image.size != (size, size):

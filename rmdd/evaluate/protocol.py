@@ -195,6 +195,69 @@ def final_jobs(protocol: StudentProtocol, loss: str, lr: float, experts: Sequenc
     return jobs + [Job("full", e) for e in experts]
 
 
+@dataclass(frozen=True)
+class StudentTraining:
+    """What one student learns: its pairs, its schedule and its loss, for the job and the seed that select its draws."""
+
+    subsets: Sequence[TrainingPairs]
+    schedule: StudentSchedule
+    loss: str
+    seed: int
+    student: int
+
+    @property
+    def stages(self) -> int:
+        """Number of stages of the training."""
+        return len(stages(self.schedule.order, len(self.subsets)))
+
+    @property
+    def passes(self) -> int:
+        """Number of passes over all stages."""
+        return self.stages * self.schedule.epochs
+
+    def train(self, model: DualEncoder, after_pass: Callable[[int, int], None] = lambda stage, passes: None) -> None:
+        """Train `model` in place; see `train_student`."""
+        train_student(model, self.subsets, self.schedule, self.loss, self.seed, self.student, after_pass)
+
+
+def new_student(
+    job: Job, protocol: StudentProtocol, subsets: Sequence[TrainingPairs], device: torch.device
+) -> DualEncoder:
+    """Return the student of `job` before its training, with the temperature that the job trains with."""
+    width = subsets[0].texts.shape[1]
+    model = build(protocol.model, width, protocol.image_size, protocol.seed, "student", job.index).to(device)
+    if job.kind == "reference":
+        assert protocol.reference is not None
+        model.temperature = protocol.reference.temperature
+    elif job.kind in SET_KINDS or job.kind in ("soft_tune", "soft"):
+        model.temperature = protocol.temperature
+    return model
+
+
+def training_of(
+    job: Job,
+    protocol: StudentProtocol,
+    subsets: Sequence[TrainingPairs],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> StudentTraining:
+    """Return how the student of `job` learns `subsets`; `mean` and `std` are those that normalised the images."""
+    rule, loss, schedule = protocol.rule, job.loss or protocol.loss, StudentSchedule.of(protocol.rule)
+    if job.kind == "reference":
+        reference = protocol.reference
+        assert reference is not None
+        loss, schedule, subsets = reference.loss, reference.schedule, reference.adapted(subsets)
+    elif job.kind == "hard":
+        loss, subsets = "infonce", [with_hard_labels(x, *protocol.expert_rates) for x in subsets]
+    elif job.kind in RANDOM_KINDS:
+        passes = round(protocol.updates / -(-len(subsets[0].images) // rule.batch))
+        schedule = replace(schedule, epochs=max(1, passes))
+        if schedule.drop_after is not None:
+            schedule = replace(schedule, drop_after=(schedule.epochs + 1) // 2)
+    schedule = replace(schedule, augment=job.augment or schedule.augment).on(mean, std)
+    return StudentTraining(subsets, schedule, loss, protocol.seed, job.index)
+
+
 def train_and_score(
     job: Job,
     protocol: StudentProtocol,
@@ -215,26 +278,13 @@ def train_and_score(
     if job.kind in SELECTION_KINDS and test is not None:
         check_split_is_open(job, "test")
     rule, reference = protocol.rule, protocol.reference if job.kind == "reference" else None
-    loss, schedule = job.loss or protocol.loss, StudentSchedule.of(rule)
     pixels = val if test is None else test
-    width, size = subsets[0].texts.shape[1], protocol.image_size
-    model = build(protocol.model, width, size, protocol.seed, "student", job.index).to(device)
-    if job.kind in SET_KINDS or job.kind in ("soft_tune", "soft"):
-        model.temperature = protocol.temperature
-    if job.kind == "reference":
-        assert reference is not None and test is not None
+    model = new_student(job, protocol, subsets, device)
+    if reference is not None:
+        assert test is not None
         scored_on = val if reference.split(protocol.layout) == "val" else test
-        loss, schedule, model.temperature = reference.loss, reference.schedule, reference.temperature
-        subsets = reference.adapted(subsets)
-    elif job.kind == "hard":
-        loss, subsets = "infonce", [with_hard_labels(x, *protocol.expert_rates) for x in subsets]
-    elif job.kind in RANDOM_KINDS:
-        passes = round(protocol.updates / -(-len(subsets[0].images) // rule.batch))
-        schedule = replace(schedule, epochs=max(1, passes))
-        if schedule.drop_after is not None:
-            schedule = replace(schedule, drop_after=(schedule.epochs + 1) // 2)
-    schedule = replace(schedule, augment=job.augment or schedule.augment).on(pixels.mean, pixels.std)
-    last_stage = len(stages(schedule.order, len(subsets))) - 1
+    training = training_of(job, protocol, subsets, pixels.mean, pixels.std)
+    schedule, last_stage = training.schedule, training.stages - 1
     curve: list[dict[str, Any]] = []
 
     def after_pass(stage: int, passes: int) -> None:
@@ -248,7 +298,7 @@ def train_and_score(
 
     record: dict[str, Any] = {"job": job.name, "curve": curve}
     try:
-        train_student(model, subsets, schedule, loss, protocol.seed, job.index, after_pass)
+        training.train(model, after_pass)
         if reference is not None:
             best = max(curve, key=lambda point: point["test"]["R@mean"])
             return record | {"test_best_reference": (best if reference.reported == "best" else curve[-1])["test"]}

@@ -95,7 +95,7 @@ def _embed_blocks(
 
 
 class Encoder:
-    """A worker that loads a text tower once; each call encodes one file of captions into one file of embeddings.
+    """A text tower, loaded once. As a worker, each call encodes one file of captions into one file of embeddings.
 
     The worker uses the CPU on a machine without GPU, such as the Ray head node of some clusters.
     """
@@ -108,15 +108,18 @@ class Encoder:
     def __call__(self, item: Values) -> Values:
         source = Path(item["captions"])
         captions = read_json(source)
+        write_array(source.with_suffix(".npy"), self.vectors(captions))
+        return {"captions": len(captions)}
+
+    def vectors(self, captions: list[str]) -> Float32[np.ndarray, "T F"]:
+        """Return the embeddings of captions, in order; a caption that repeats is encoded once."""
         unique = sorted(set(captions))
         with torch_threads(self.threads):
             vectors_UF = self.encode(unique)
         if self.tower.normalise:
             vectors_UF = vectors_UF / np.maximum(np.linalg.norm(vectors_UF, axis=1, keepdims=True), 1e-12)
         row_of = {caption: row for row, caption in enumerate(unique)}
-        vectors = vectors_UF[[row_of[c] for c in captions]].astype(np.float32, copy=False)
-        write_array(source.with_suffix(".npy"), vectors)
-        return {"captions": len(captions)}
+        return vectors_UF[[row_of[c] for c in captions]].astype(np.float32, copy=False)
 
 
 def text_width(tower: TextTower) -> int:

@@ -18,6 +18,7 @@ from rmdd.evaluate.protocol import (
     train_and_score,
 )
 from rmdd.evaluate.retrieval import Ranks
+from rmdd.evaluate.students import TrainingPairs
 from rmdd.evaluate.training_pairs import read_pairs
 from rmdd.execution.tasks import Hooks
 from rmdd.models.dual import DualEncoder
@@ -81,17 +82,7 @@ def _train_and_score(
         assert test is not None
         model = trained_expert(item, job.index, storage)
         return score_expert(job, model, val, test, device, run.evaluate.chunk, on_ranks=save_ranks), model
-    if item.external is not None:
-        file = paths.root / item.external.file
-        storage.fetch(file)
-        subsets = read_pairs(file, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
-    elif job.kind in ("soft_tune", "soft"):
-        teacher = trained_expert(item, job.index % run.experts.num, storage)
-        subsets = [soft_pairs(protocol, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
-    elif job.kind in RANDOM_KINDS:
-        subsets = [random_pairs(protocol, prepared_split(item, "train"), job.index, job.lr)]
-    else:
-        subsets = distilled_pairs(item, storage, run.data.image_size)
+    subsets = training_pairs(item, storage)
     trained: list[DualEncoder] = []
 
     def finished(model: DualEncoder) -> None:
@@ -101,3 +92,19 @@ def _train_and_score(
     heartbeat = hooks.should_stop  # each call of `should_stop` tells the backend that this worker is alive
     scored = train_and_score(job, protocol, subsets, val, test, device, heartbeat, finished, on_ranks=save_ranks)
     return scored, trained[0] if trained else None
+
+
+def training_pairs(item: TaskItem, storage: Storage) -> list[TrainingPairs]:
+    """Return the training pairs of the student of `item`, one entry per subset."""
+    job, run, protocol = item.job, item.run, StudentProtocol.of(item.run)
+    assert job is not None
+    if item.external is not None:
+        file = item.paths.root / item.external.file
+        storage.fetch(file)
+        return read_pairs(file, run.data.image_size, lambda: prepared_split(item, "train"), job.lr)
+    if job.kind in ("soft_tune", "soft"):
+        teacher, device = trained_expert(item, job.index % run.experts.num, storage), device_of(run.runtime)
+        return [soft_pairs(protocol, prepared_split(item, "train"), job.index, job.lr, teacher, device)]
+    if job.kind in RANDOM_KINDS:
+        return [random_pairs(protocol, prepared_split(item, "train"), job.index, job.lr)]
+    return distilled_pairs(item, storage, run.data.image_size)

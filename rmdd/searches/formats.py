@@ -2,6 +2,7 @@
 
 from rmdd.comparisons.verify import COMPARISONS, STUDENTS
 from rmdd.core.checks import Findings
+from rmdd.retrieval import model
 from rmdd.runs import verify as walk
 from rmdd.searches.verify import SEARCHES, SWEEPS
 
@@ -17,6 +18,7 @@ FORMATS = (
     SWEEPS,
     STUDENTS,
     COMPARISONS,
+    model.FORMAT,
 )
 
 
