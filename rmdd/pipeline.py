@@ -206,7 +206,8 @@ class Pipeline:
         folder, health, item = self.export(), self.health(), self.distilled()
         with self.steps.timed("report"):
             page, evaluation = self.folder / "report.html", self.evaluate()
-            write_report(page, item.run, item.paths, folder, evaluation, self.all_seconds(), health)
+            test = self.embed().open("test").split
+            write_report(page, item.run, item.paths, folder, evaluation, self.all_seconds(), health, test.some_images)
         return page
 
     def all(self) -> Result:

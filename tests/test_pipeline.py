@@ -73,6 +73,11 @@ def test_a_run_leaves_a_table_a_set_and_a_page(finished):
         (folder / "seconds.json").read_text()
     ).keys()
     assert (folder / "report.html").stat().st_size > 1000
+    examples = json.loads((folder / "examples.json").read_text())
+    assert examples["images"] == 5 and len({query["image"] for query in examples["queries"]}) == 5
+    for query in examples["queries"]:
+        assert set(query["found"]) == {"random", "ptm_st", "full"}
+        assert all(row["images"][row["place"] - 1] == query["image"] for row in query["found"].values())
     assert not list(finished.rglob("*.tmp"))
 
 

@@ -52,7 +52,7 @@ def results(folder: Path) -> dict[str, bytes]:
     files = [
         p
         for p in runs.rglob("*")
-        if p.is_file() and (p.suffix == ".safetensors" or p.name in ("evaluation.json", "expert.json"))
+        if p.is_file() and (p.suffix == ".safetensors" or p.name in ("evaluation.json", "examples.json", "expert.json"))
     ]
     return {str(p.relative_to(runs)): p.read_bytes() for p in files}
 

@@ -30,9 +30,10 @@ from rmdd.config.order import pairs_of_stages, stages
 from rmdd.core.seeding import generator
 from rmdd.distill import similarity
 from rmdd.distill.synthetic import Synthetic, enlarged
+from rmdd.evaluate.examples import examples_of
 from rmdd.evaluate.references import Reference, reference_of
-from rmdd.evaluate.retrieval import Ranks, Recalls
-from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, rank, score, train_student
+from rmdd.evaluate.retrieval import Ranks, Recalls, ranks
+from rmdd.evaluate.students import Diverged, StudentSchedule, TrainingPairs, embedded, score, train_student
 from rmdd.evaluate.training_pairs import real_pairs
 from rmdd.models.dual import DualEncoder, build
 from rmdd.models.prepared import PreparedSplit
@@ -42,6 +43,8 @@ SELECTION_KINDS = ("select", "tune", "soft_tune")
 """Kinds of jobs whose scores choose a snapshot or a setting; they are scored on val and may not read test."""
 SET_KINDS = ("select", "student", "reference", "hard", "own")
 """Kinds of jobs whose students train on the distilled set."""
+EXAMPLE_KINDS = ("student", "baseline", "full")
+"""Kinds of jobs whose first student gives the retrieval examples of the report."""
 RANDOM_KINDS = ("tune", "baseline", "soft_tune", "soft")
 """Kinds of jobs whose students train on random pairs of real images and captions."""
 
@@ -335,13 +338,19 @@ def _scored(
     chunk: int,
     on_ranks: Callable[[Ranks], object],
 ) -> dict[str, Any]:
-    """Return the scores of a trained model on val and, unless the job chooses a snapshot or setting, on test."""
-    scores = {"val": score(model, val, device, chunk).as_dict()}
+    """Return the scores of a trained model on val and, unless the job chooses a snapshot or setting, on test.
+
+    Those of the first student of a row of the result table contain retrieval examples under `test_examples`.
+    """
+    scores: dict[str, Any] = {"val": score(model, val, device, chunk).as_dict()}
     if job.kind not in SELECTION_KINDS:
         assert test is not None
-        ranks = rank(model, test, device, chunk)
-        on_ranks(ranks)
-        scores["test_last"] = ranks.recalls().as_dict()
+        images, texts = embedded(model, test, device, chunk)
+        ranked = ranks(images, texts, torch.from_numpy(test.split.image_of).to(device), chunk)
+        on_ranks(ranked)
+        scores["test_last"] = ranked.recalls().as_dict()
+        if job.kind in EXAMPLE_KINDS and job.index == 0:
+            scores["test_examples"] = examples_of(images, texts, ranked, chunk)
     return scores
 
 

@@ -135,6 +135,32 @@ def ranks(
     return _both_directions(_scorer(v, u), _scorer(u, v), image_of, len(images), chunk)
 
 
+def first_images(
+    images: Float[Tensor, "I D"],
+    texts: Float[Tensor, "T D"],
+    image_of: Int[Tensor, " T"],
+    captions: Sequence[int],
+    number: int,
+    chunk: int = 256,
+) -> list[list[int]]:
+    """Return for each of `captions` the indices of its first `number` images, best first.
+
+    A caption's own image comes after the images that tie with it, and its scores are those of `ranks` with the same
+    `chunk`. So the own image is in the list exactly if its rank is below `number`.
+    """
+    image_of = _checked(image_of, len(images), len(texts), images.device)
+    rows = _scorer(_normalised(texts, "text"), _normalised(images, "image"))
+    found = []
+    for caption in captions:
+        first = caption // chunk * chunk
+        scores = rows(first, first + chunk)[caption - first]
+        own = torch.arange(len(images), device=images.device) == image_of[caption]
+        own_last = own.long().argsort(stable=True)
+        order = scores[own_last].argsort(descending=True, stable=True)
+        found.append(own_last[order[:number]].tolist())
+    return found
+
+
 def ranks_from_scores(scores: Float[Tensor, "I T"], image_of: Int[Tensor, " T"], chunk: int = 256) -> Ranks:
     """Return the ranks for a matrix of scores, without changing their precision; the highest score ranks first."""
     num_images, num_texts = scores.shape

@@ -127,7 +127,15 @@ def score(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chu
 
 
 def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256) -> Ranks:
-    """Return the retrieval ranks of all queries of a split. The earlier train or eval mode of `model` is restored.
+    """Return the retrieval ranks of all queries of a split; see `embedded`."""
+    images, texts = embedded(model, prepared, device, chunk)
+    return ranks(images, texts, torch.from_numpy(prepared.split.image_of).to(device), chunk=chunk)
+
+
+def embedded(
+    model: DualEncoder, prepared: PreparedSplit, device: torch.device, chunk: int = 256
+) -> tuple[Float[Tensor, "I D"], Float[Tensor, "T D"]]:
+    """Return the embeddings of all images and captions of a split. The train or eval mode of `model` is restored.
 
     Raise `Diverged` if embeddings are zero or not finite.
     """
@@ -145,7 +153,7 @@ def rank(model: DualEncoder, prepared: PreparedSplit, device: torch.device, chun
     for side, embeddings in (("image", images), ("text", texts)):
         if not (torch.isfinite(embeddings).all() and (embeddings != 0).any(dim=1).all()):
             raise Diverged(f"{side} embeddings collapsed: some are zero or not finite")
-    return ranks(images, texts, torch.from_numpy(split.image_of).to(device), chunk=chunk)
+    return images, texts
 
 
 def train_student(

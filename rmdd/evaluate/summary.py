@@ -48,6 +48,12 @@ def table_of(
     return table
 
 
+def examples_by_row(method: str, records: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return for each row of the result table the retrieval examples of its first student, if it has some."""
+    firsts = {row or method: next(iter(records[kind]), {}) for row, kind in ROWS.items()}
+    return {row: record["test_examples"] for row, record in firsts.items() if "test_examples" in record}
+
+
 def gallery_sections(splits: SplitSource) -> dict[str, Any]:
     """Return the section `galleries`, sizes of the splits, and `chance`, recalls of random rankings."""
     opened = {name: splits.open(name).split for name in ("train", "val", "test")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import statistics
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.order import in_words
@@ -26,7 +23,9 @@ from rmdd.distill.sets import load_set
 from rmdd.distill.trajectory.planning import PLAN
 from rmdd.experts.store import stored_bytes
 from rmdd.methods import method_of
-from rmdd.report import health, plots, referee
+from rmdd.report import examples, health, plots, referee
+from rmdd.report.pictures import data_uri
+from rmdd.runs.paths import EXAMPLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +50,14 @@ def write_report(
     evaluation: dict[str, Any],
     seconds: dict[str, float],
     measured: dict[str, Any],
+    test_pixels: examples.Pixels,
 ) -> None:
     """Write the HTML page of a run; it loads no URL. `measured` says whether the embeddings of the set collapsed."""
     distilled = DistilledSet.load(set_path)
     logs = [_read_log(paths.phase(p) / "metrics.jsonl") for p in range(len(distilled.subsets))]
     method, name = method_of(run), TITLES.get(distilled.method, distilled.method)
-    cost = page.with_name("cost.json")
+    labels = _labels(name, distilled, evaluation)
+    cost, found = page.with_name("cost.json"), page.with_name(EXAMPLES)
     facts = {
         "run": run,
         "method": method,
@@ -69,12 +70,13 @@ def write_report(
         "probes": _probes(name, distilled, evaluation),
         "recalls": RECALLS,
         "order": in_words(distilled.order, distilled.between) if len(distilled.subsets) > 1 else "",
-        "referee": referee.tables(evaluation, _labels(name, distilled, evaluation), RECALLS),
+        "referee": referee.tables(evaluation, labels, RECALLS),
         "cost_rows": referee.cost_rows(evaluation, read_json(cost) if cost.is_file() else {}),
         "sizes": referee.split_sizes(evaluation),
         "gallery_warning": referee.gallery_warning(evaluation),
         "bars": _bars(name, distilled, evaluation),
         "gallery": _gallery(paths, distilled),
+        "queries": examples.queries(read_json(found), labels, test_pixels) if found.is_file() else [],
         "first_pairs": max(2, FIRST // len(distilled.subsets)),
         "moved": [
             sum(a != b for a, b in zip(s.captions, s.captions_before, strict=bool(s.captions_before)))
@@ -295,15 +297,8 @@ def _gallery(paths: RunPaths, distilled: DistilledSet) -> list[list[dict[str, An
 
 
 def _pictures(images: Tensor, distilled: DistilledSet, exact: bool) -> list[str]:
-    uris = []
-    for pixels in denormalise(images, distilled.mean, distilled.std).permute(0, 2, 3, 1).numpy():
-        picture, kind = Image.fromarray(pixels), "png" if exact else "jpeg"
-        if not exact:
-            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **({"optimize": True} if exact else {"quality": 82}))
-        uris.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
-    return uris
+    pixels = denormalise(images, distilled.mean, distilled.std).numpy()
+    return [data_uri(picture, None if exact else SIDE) for picture in pixels]
 
 
 def _similarity(subsets: Sequence[Subset]) -> list[dict[str, Any]]:

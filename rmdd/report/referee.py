@@ -43,7 +43,7 @@ def lines(evaluation: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]
 def split_sizes(evaluation: Mapping[str, Any]) -> str:
     """Return the sizes of the splits as text; empty if the evaluation lacks them."""
     sizes = evaluation.get("galleries", {}).items()
-    return ", ".join(f"{split} {n['pairs']:,} images with {n['captions']:,} captions" for split, n in sizes)
+    return ", ".join(f"{split} {n['pairs']:,} images ({n['captions']:,} captions)" for split, n in sizes)
 
 
 def gallery_warning(evaluation: Mapping[str, Any]) -> str:

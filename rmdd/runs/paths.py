@@ -19,6 +19,8 @@ from rmdd.models.image import image_identity
 from rmdd.models.pretrained import obtain
 from rmdd.models.text import encoder_identity
 
+EXAMPLES = "examples.json"
+"""Name of a file in the run folder: captions of test, and the images that students find for them."""
 HEALTH = "health.json"
 """Name of a file in the run folder. The file says for each snapshot whether the embeddings have collapsed."""
 

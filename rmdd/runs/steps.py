@@ -23,7 +23,7 @@ from rmdd.data.shards import Dataset
 from rmdd.distill import chain
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan
-from rmdd.evaluate import protocol, records, scores, summary
+from rmdd.evaluate import examples, protocol, records, scores, summary
 from rmdd.evaluate.probes.of_run import prepare, remarks
 from rmdd.execution.backend import Backend
 from rmdd.execution.executor import Mapper
@@ -38,7 +38,16 @@ from rmdd.models.text import embed, encoder_identity, text_width
 from rmdd.runs import gate
 from rmdd.runs.items import TaskItem, needed_after_distillation, record
 from rmdd.runs.path_starts import TrainPathStart
-from rmdd.runs.paths import HEALTH, candidates_of, dataset_folder, fetch_pretrained, is_finished, paths_of, protocol_of
+from rmdd.runs.paths import (
+    EXAMPLES,
+    HEALTH,
+    candidates_of,
+    dataset_folder,
+    fetch_pretrained,
+    is_finished,
+    paths_of,
+    protocol_of,
+)
 from rmdd.runs.students import TrainStudent
 from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
 
@@ -301,6 +310,9 @@ class Steps:
         if rule.scores:
             evaluation["scores"] = scores.result(by_protocol, ranks, rates)
         write_json(self.folder / "evaluation.json", evaluation)
+        found = summary.examples_by_row(run.distill.method_name, by_kind)
+        if found:  # older releases wrote no examples
+            write_json(self.folder / EXAMPLES, examples.content(splits.open("test").split, found))
         return evaluation
 
     def students(

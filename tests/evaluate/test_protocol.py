@@ -13,6 +13,7 @@ from rmdd.data.shards import Dataset
 from rmdd.data.splits import Split
 from rmdd.distill.synthetic import Synthetic
 from rmdd.evaluate import protocol
+from rmdd.evaluate.examples import captions_of_examples
 from rmdd.evaluate.protocol import (
     Job,
     StudentProtocol,
@@ -101,7 +102,7 @@ def scored(monkeypatch):
         monkeypatch.setattr(protocol, name, count)
 
     counted("score")
-    counted("rank")
+    counted("embedded")
     return splits
 
 
@@ -219,7 +220,7 @@ def test_a_baseline_reads_val_and_test_once(scored):
     record = train_and_score(
         Job("baseline", 0, loss="wbce", lr=0.05), StudentProtocol.of(run), training_pairs(run, 1), VAL, TEST, CPU
     )
-    assert scored == ["val", "test"] and set(record) == {"job", "curve", "val", "test_last"}
+    assert scored == ["val", "test"] and set(record) == {"job", "curve", "val", "test_last", "test_examples"}
 
 
 def test_the_reference_score_is_the_best_on_test(scored):
@@ -237,6 +238,22 @@ def test_the_full_data_bound_reads_val_and_test_once(scored):
     model = build(run.model, TEXT_WIDTH, SIZE, 0, "expert", 3)
     record = score_expert(Job("full", 3), model, VAL, TEST, CPU, run.evaluate.chunk)
     assert scored == ["val", "test"] and set(record) == {"job", "val", "test_last"} and record["job"] == "full-003"
+
+
+@pytest.mark.parametrize("kind", ["student", "baseline", "hard"])
+def test_the_first_student_of_a_row_of_the_result_table_gives_examples(kind):
+    run, ranks = run_of(), []
+    records = [
+        train_job(Job(kind, i, loss="infonce"), run, training_pairs(run), VAL, TEST, CPU, on_ranks=ranks.append)
+        for i in range(2)
+    ]
+    assert [("test_examples" in record) for record in records] == [kind != "hard", False]
+    captions = captions_of_examples(torch.from_numpy(TEST.split.image_of))
+    assert len({TEST.split.image_of[caption] for caption in captions}) == min(len(TEST.split), len(captions))
+    for caption, found in zip(captions, records[0].get("test_examples", []), strict=kind != "hard"):
+        own = TEST.split.image_of[caption]
+        assert found["place"] == ranks[0].image[caption] + 1
+        assert (own in found["images"]) == (found["place"] <= len(found["images"]))
 
 
 def test_a_record_depends_only_on_the_job():

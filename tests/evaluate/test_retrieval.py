@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmdd.evaluate.retrieval import Ranks, Recalls, chance, ranks, ranks_from_scores, recalls, recalls_from_scores
+from rmdd.evaluate.retrieval import (
+    Ranks,
+    Recalls,
+    chance,
+    first_images,
+    ranks,
+    ranks_from_scores,
+    recalls,
+    recalls_from_scores,
+)
 
 KS = (1, 2, 3, 5, 10)
 GOLDEN = torch.tensor([[0.9, 0.1, 0.8, 0.2, 0.3, 0.4], [0.7, 0.6, 0.5, 0.4, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6, 0.1, 0.2]])
@@ -76,6 +85,25 @@ def test_equals_a_double_loop_on_any_gallery(counts, levels, seed, chunk):
     for values in (list(result.ir.values()), list(result.tr.values())):
         assert values == sorted(values) and values[0] >= 0 and values[-1] <= 100
     assert result.gap >= 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=9), seed=st.integers(0, 999), chunk=st.integers(1, 12))
+def test_first_images_equal_a_sorted_list_and_agree_with_the_ranks(counts, seed, chunk):
+    """Sort the images of every caption by cosine; equal images tie, and the caption's own image then comes last."""
+    random = torch.Generator().manual_seed(seed)
+    image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.randn(4, 3, generator=random)[torch.randint(4, (len(counts),), generator=random)]
+    texts = torch.randn(len(image_of), 3, generator=random)
+    captions = list(range(len(image_of)))
+    found = first_images(images, texts, image_of, captions, 5, chunk)
+    u, v = (torch.nn.functional.normalize(x.double()) for x in (images, texts))
+    places = ranks(images, texts, image_of, chunk).image.tolist()
+    for caption, first, place in zip(captions, found, places, strict=True):
+        own, cosines = int(image_of[caption]), (u @ v[caption]).tolist()
+        order = sorted(range(len(counts)), key=lambda i: (-round(cosines[i], 12), i == own, i))
+        assert first == order[:5]
+        assert (first.index(own) if own in first else None) == (place if place < 5 else None)
 
 
 def test_golden_example():

@@ -22,7 +22,7 @@ from rmdd.distill import similarity
 from rmdd.distill.sets import save_set
 from rmdd.distill.synthetic import Synthetic
 from rmdd.evaluate.retrieval import chance
-from rmdd.report import page, plots, referee
+from rmdd.report import page, pictures, plots, referee
 from rmdd.report.page import headline, write_report
 from rmdd.report.search import write_page
 from rmdd.runs.paths import RunPaths
@@ -152,11 +152,17 @@ def make_run(tmp_path, pairs=(5,), kind="full", size=16, logged=40, captions_bef
     return run, paths, distilled.save(tmp_path / "set")
 
 
+def pixels(index):
+    """Return an image for each number in `index`: uniform, with a colour of its own."""
+    colours = np.stack([40 * index, 255 - 40 * index, 7 * index], 1).astype(np.uint8)
+    return np.broadcast_to(colours[:, :, None, None], (len(index), 3, 16, 16))
+
+
 def page_of(tmp_path, evaluation=None, seconds=None, **options):
     run, paths, path = make_run(tmp_path, **options)
     evaluation = evaluation or evaluation_of([40] * len(run.distill.phases))
     seconds = seconds or {"experts": 75.0, "distill": 4000.0}
-    write_report(tmp_path / "report.html", run, paths, path, evaluation, seconds, HEALTH)
+    write_report(tmp_path / "report.html", run, paths, path, evaluation, seconds, HEALTH, pixels)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(text) < 3_000_000
     return text
@@ -250,6 +256,24 @@ def test_the_page_shows_intervals_reference_scores_and_cost(tmp_path):
     assert "PTM-ST minus random pairs [95 %]: +16.2 [+14.8, +18.8]" in lines and "LRS, 0 to 100: 28.2" in lines
 
 
+def test_the_page_shows_what_students_find(tmp_path):
+    """Write examples of a student that finds one image of two and of one that diverged; read images and ticks."""
+    (tmp_path / "old").mkdir()
+    assert "What the students find" not in page_of(tmp_path / "old")
+    found = {"random": {"images": [3, 1], "place": 1234}, "full": {"images": [2, 0], "place": 1}}
+    asked = [{"caption": HOSTILE, "image": 2, "pair_id": "2", "found": found}]
+    write_json(tmp_path / "examples.json", {"images": 2000, "queries": asked})
+    text = page_of(tmp_path)
+    section = text[text.index("What the students find") : text.index("All scores")]
+    Page(text)
+    assert "place 1,234" in section and "PTM-ST" not in section and "&lt;script&gt;" in section
+    rows = [re.findall(r'<li( class="own")?><img src="([^"]+)"[^>]*>(<b>.</b>)?', row) for row in section.split("<ol>")]
+    uris = {i: pictures.data_uri(pixels(np.array([i]))[0]) for i in range(4)}
+    own = (' class="own"', uris[2], "<b>\N{CHECK MARK}</b>")
+    assert rows[1:] == [[("", uris[3], ""), ("", uris[1], "")], [own, ("", uris[0], "")]]
+    assert f'<img src="{uris[2]}" alt="the image of this caption">' in section
+
+
 @pytest.mark.parametrize("images, warned", [(4, True), (300, False)])
 def test_the_page_and_the_table_show_chance_and_warn_of_a_small_gallery(tmp_path, images, warned):
     evaluation = full_evaluation([40], test_images=images)
@@ -266,7 +290,7 @@ def test_the_page_and_the_table_show_chance_and_warn_of_a_small_gallery(tmp_path
     )
     for shown in (text, " ".join(printed.split())):
         assert (warning in shown) == ("say little" in shown) == warned
-    assert f"train 1,234 images with 2,468 captions, val 200 images with 400 captions, test {images} images" in text
+    assert f"train 1,234 images (2,468 captions), val 200 images (400 captions), test {images} images" in text
 
 
 def test_a_single_student_has_no_spread(tmp_path):
@@ -283,7 +307,7 @@ def test_missing_and_truncated_logs_are_accepted(tmp_path, logged):
     if logged:
         with open(paths.phase(0) / "metrics.jsonl", "a") as log:
             log.write('{"iteration": 41}\n{"phase": 0, "iterat')
-    write_report(tmp_path / "report.html", run, paths, path, evaluation_of([40]), {}, HEALTH)
+    write_report(tmp_path / "report.html", run, paths, path, evaluation_of([40]), {}, HEALTH, pixels)
     text = (tmp_path / "report.html").read_text()
     Page(text)
     assert ("No iteration of this phase was logged" in text) == (not logged)
@@ -305,7 +329,7 @@ def test_the_page_of_a_large_set_stays_small(tmp_path):
 def test_two_writes_give_the_same_bytes(tmp_path):
     run, paths, path = make_run(tmp_path)
     for name in ("a", "b"):
-        write_report(tmp_path / name, run, paths, path, evaluation_of([40]), {"distill": 1.0}, HEALTH)
+        write_report(tmp_path / name, run, paths, path, evaluation_of([40]), {"distill": 1.0}, HEALTH, pixels)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -368,8 +392,11 @@ def pages(tmp_path_factory):
     """Fixture: a page of a run with many subsets, of a search and of a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     run, paths, path = make_run(folder, pairs=(30, 20, 20))
-    evaluation = full_evaluation([40, 40, 40])
-    write_report(folder / "run.html", run, paths, path, evaluation, {"distill": 4000.0}, HEALTH)
+    evaluation = full_evaluation([40, 40, 40], test_images=4)
+    found = {row: {"images": [0, 1, 2, 3], "place": 3} for row in ("random", "ptm_st", "full")}
+    asked = [{"caption": HOSTILE, "image": i, "pair_id": f"{i}", "found": found} for i in range(4)]
+    write_json(folder / "examples.json", {"images": 4, "queries": asked})
+    write_report(folder / "run.html", run, paths, path, evaluation, {"distill": 4000.0}, HEALTH, pixels)
     space = {f"distill.{name}": {"loguniform": [1, 10000]} for name in ("lr_image", "lr_text", "lr_similarity")}
     searched = config.load({"extends": "demo", "search": {"trials": 20, "space": space}})
     rows = [
