@@ -175,6 +175,8 @@ def command(function: Callable[..., Output] | None = None, *, options: Sequence[
     def invoked(**words: Any) -> None:
         as_json, quiet, debug = (words.pop(option, False) for option in COMMON)
         call = Call(quiet)
+        if "call" in declared and "torch" not in sys.modules:
+            Progress(quiet).say("loading torch ...")
         with errors_to_exit_codes(debug, call.folders):
             if "run" in declared:
                 words["run"] = load(words.pop("source"), words.pop("set_") or [])

@@ -27,6 +27,7 @@ class _Item:
     done: float = 0
     first: float = 0
     """Units of work finished at the first report; `rate` ignores them, because an earlier process did them."""
+    started: bool = False
     began: float | None = None
     """Time in seconds at which the work that `rate` counts began, or None before the first report."""
     reported_at: float = 0.0
@@ -66,7 +67,7 @@ class Progress:
         """Show the progress of a group of items until the block ends; `totals` has the units of work of each item.
 
         Yields a function `update(name, metrics)`: `metrics["done"]` is the number of finished units of the item `name`,
-        and the other metrics are printed beside it.
+        and the other metrics are printed beside it. Without metrics, the work on the item begins.
         """
         live = not self.quiet and self.console.is_terminal
         stage = Stage(title, self.clock, None if live else self.say)
@@ -104,6 +105,9 @@ class Stage:
 
     def __call__(self, name: str, metrics: Mapping[str, Any]) -> None:
         item, now = self.items[name], self.clock()
+        item.started = True
+        if not metrics:
+            return
         done = float(metrics.get("done", item.done))
         if item.began is None:
             # a first report of at most one unit shows that the item was not resumed: its work began with the stage
@@ -153,7 +157,7 @@ class Stage:
 
     def table(self) -> Group:
         followed = list(self.items.items())  # a copy, because another thread may add items
-        running = [(name, item) for name, item in followed if item.began is not None and not item.finished]
+        running = [(name, item) for name, item in followed if item.started and not item.finished]
         waiting = self.count - self.finished - len(running)
         head = f"{self.title}  {self.finished} done, {len(running)} running, {waiting} waiting  {self.share:.0%}"
         left = "" if self.left is None else f"  {_clock(self.left)} left"

@@ -79,7 +79,7 @@ def open_backend(runtime: config.Runtime, events: Path, progress: Progress) -> I
             return
         from rmdd.execution.ray.cluster import connected
 
-        with connected(runtime) as resources:
+        with connected(runtime, progress.say) as resources:
             from rmdd.execution.ray.actors import ActorExecutor
             from rmdd.execution.ray.feed import ray_stream
             from rmdd.execution.ray.stream import over_actors, over_tasks

@@ -16,6 +16,7 @@ class Piece:
     item: Any
     name: str
     on_report: Callable[[dict[str, Any]], None]
+    """Function that receives the task's metrics, and an empty mapping when a worker begins the piece."""
     settle: Callable[[Any, Exception | None], None]
     """Called as `settle(result, None)` or `settle(None, error)`. If `settle` raises an error, all work stops."""
 

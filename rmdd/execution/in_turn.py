@@ -27,6 +27,7 @@ class SequentialExecutor(Executor):
             while (pieces := source(0.5)) is not None:
                 for piece in pieces:
                     result, failure = None, None
+                    piece.on_report({})
                     try:
                         result = piece.task(piece.item, Hooks(self._reporting(piece), stopped))
                     except Exception as error:

@@ -90,6 +90,7 @@ def with_progress(progress: Progress, title: str, unit: str, stream: Stream) -> 
         if not items:
             return
         with progress.stage(title, {"parts": len(items)}) as update:
+            update("parts", {})
             began, units, reused = time.perf_counter(), 0, 0
             for done, result in enumerate(stream(make, items), start=1):
                 units += result[unit]

@@ -179,10 +179,12 @@ def run_side_by_side(
 ) -> dict[str, Exception]:
     """Train the experts of all runs, then execute `step` of each run in its own thread; return the errors by label."""
     errors: dict[str, Exception] = {}
+    said: set[str] = set()
     for label, pipeline in pipelines.items():
         pipeline.use_backend(backend, _Named(progress, label))
         with collect_errors(errors, label):
             pipeline.check_budget()
+            pipeline.use_backend(backend, _Shared(progress, label, said))
             pipeline.experts()
     with progress.stage("sweep", {}) as stage:
         scheduler = SweepScheduler(backend.executor)
@@ -214,6 +216,25 @@ class _Named(Progress):
         table = self.table
         table.add({names[name]: total for name, total in totals.items()})
         yield lambda name, metrics: table(names[name], metrics)
+
+
+class _Shared(_Named):
+    """Progress display of steps that runs of a sweep may share: a line in `said`, which an earlier run printed, is not
+    printed again. Lines have no label."""
+
+    def __init__(self, progress: Progress, label: str, said: set[str]):
+        super().__init__(progress, label)
+        self.said = said
+
+    def say(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            Progress.say(self, text)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, totals: Mapping[str, int]) -> Iterator[Any]:
+        with _Named(self, self.label).stage(title, totals) as update:
+            yield update
 
 
 # -- results -------------------------------------------------------------------------------------------------------

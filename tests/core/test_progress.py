@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from rmdd.core.progress import Progress
+from rmdd.execution.in_turn import SequentialExecutor
 
 
 class Clock:
@@ -83,3 +84,20 @@ def test_an_error_ends_the_stage_and_quiet_prints_nothing():
     with quiet.stage("experts", {"expert 0": 1}) as update:
         update("expert 0", {"done": 1})
     assert quiet.console.file.getvalue() == ""
+
+
+def test_an_item_is_running_as_soon_as_a_worker_begins_it():
+    clock = Clock()
+    progress, _ = follow(clock)
+    with progress.stage("phases", {"phase 0": 100, "phase 1": 100}) as stage:
+        executor = SequentialExecutor()
+        heads = []
+
+        def task(item, hooks):
+            heads.append(stage.table().renderables[0].plain)
+            clock.now += 5.0
+            hooks.report({"done": 100})
+
+        executor.map(task, [0, 1], ["phase 0", "phase 1"], stage)
+    assert heads[0].startswith("phases  0 done, 1 running, 1 waiting  0%")
+    assert heads[1].startswith("phases  1 done, 1 running, 0 waiting  50%")

@@ -1,6 +1,7 @@
 """Test sweeps: shared results are computed once, a failed run stops no other run, a killed sweep resumes."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 import yaml
 from processes import Rmdd, done
+from rich.console import Console
 from tiny import QUIET
 from tiny_search import METHODS
 from tiny_search import swept as raw_of
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 import rmdd
 from rmdd import config
 from rmdd.cli import app as cli
+from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.distill.loop import finished
 from rmdd.execution.in_turn import SequentialExecutor
@@ -35,10 +38,16 @@ def stamps(folder):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def log():
+    """Fixture: what the sweep of the fixture `swept` printed."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, log):
     storage = tmp_path_factory.mktemp("sweep")
     over = {"distill.method": ["ptm_st", "lors"], "distill.seed": [0, 1]}
-    return rmdd.sweep(raw_of(storage), over, METHODS, progress=QUIET), storage
+    return rmdd.sweep(raw_of(storage), over, METHODS, progress=Progress(console=Console(file=log, width=500))), storage
 
 
 def test_every_combination_is_run_and_shares_what_it_can(swept):
@@ -52,6 +61,14 @@ def test_every_combination_is_run_and_shares_what_it_can(swept):
     assert not result.failed and len({row["folder"] for row in result.runs}) == 4
     assert [len(list((storage / part).glob("*/"))) for part in ("data", "experts", "phases")] == [1, 1, 4]
     assert all((storage / row["folder"] / "report.html").is_file() for row in result.runs)
+
+
+def test_lines_about_shared_steps_are_printed_once(swept, log):
+    result, _ = swept
+    lines = log.getvalue().splitlines()
+    assert len(result.runs) == 4
+    assert sum("data: train" in line for line in lines) == sum("experts: 1 in" in line for line in lines) == 1
+    assert "distill.method=ptm_st distill.seed=0: experts: 1 to do" in lines
 
 
 def test_the_table_has_a_row_per_run_and_the_spread_over_seeds(swept):
@@ -187,7 +204,7 @@ def test_a_phase_that_two_runs_share_is_distilled_once(tmp_path):
             PhaseOfNone(),
             [TaskItem(m.run, places, "") for m in runs[:1]],
             ["phase 0"],
-            lambda n, m: reports.append(label),
+            lambda n, m: reports.extend([label] if m else []),
         )
         assert results == [True]
 

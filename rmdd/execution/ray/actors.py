@@ -183,6 +183,7 @@ class ActorExecutor(Executor):
             item.worker.process = ray.get(item.where)
             item.last_beat = time.monotonic()
             self._log("started", item, attempt=item.attempts.starts)
+            item.attempts.piece.on_report({})
             if item.attempts.starts > 1:
                 self.say(f"{item.name}: continues on {item.worker.where}, start {item.attempts.starts}")
         item.where = None

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +98,13 @@ def resources_now(grows: bool = False, without: Collection[str] = ()) -> Resourc
 
 
 @contextlib.contextmanager
-def connected(runtime: config.Runtime) -> Iterator[Resources]:
+def connected(runtime: config.Runtime, say: Callable[[str], None] = lambda text: None) -> Iterator[Resources]:
     """Join the cluster at `runtime.address` or RAY_ADDRESS, or start a local cluster and stop it after the block.
 
     If this process has already joined a cluster, that cluster is used and keeps running. If `runtime.workers` is set,
     a newly joined cluster is assumed to be autoscaling, so this function waits until the cluster has a node. Raises
     `ValueError` if no node has room for a worker or if some nodes do not see the storage, and `RuntimeError` if Ray
-    fails in the block.
+    fails in the block. `say` gets a line before this process joins or starts a cluster, which takes seconds.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -115,6 +115,9 @@ def connected(runtime: config.Runtime) -> Iterator[Resources]:
     from ray.exceptions import RayError
 
     ours = not ray.is_initialized()
+    if ours:
+        cores = runtime.num_cpus or len(os.sched_getaffinity(0))
+        say(f"joining the Ray cluster at {address} ..." if address else f"starting Ray on {cores} core(s) ...")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if ours and address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")

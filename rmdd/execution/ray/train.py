@@ -382,6 +382,8 @@ class ExpertPool(Mapper):
         events, reports, up = ray.get(queue.news.remote())
         for event in events:
             append_jsonl(self.events, event)
+            if event["event"] == "started":
+                on_report(event["item"], {})
         for name, metrics in reports.items():
             on_report(name, metrics)
         return up

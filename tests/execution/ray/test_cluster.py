@@ -67,9 +67,27 @@ def test_missing_gpus_are_an_error_and_a_joined_cluster_keeps_running(ray_local)
     ("rule", "cpus"), [({}, 0), ({"gpus_per_worker": 1}, 1), ({"gpus_per_worker": 1, "cpus_per_worker": 1}, 0)]
 )
 def test_image_readers_request_no_cpu_if_workers_may_hold_all_of_them(rule, cpus, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "connected", lambda runtime: contextlib.nullcontext(Resources(((4.0, 1.0),))))
+    monkeypatch.setattr(cluster, "connected", lambda runtime, say: contextlib.nullcontext(Resources(((4.0, 1.0),))))
     with open_backend(Runtime(**rule), tmp_path / "events.jsonl", Progress(quiet=True)) as backend:
         assert backend.pictures.keywords == {"cpus": cpus}
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [({"num_cpus": 3}, "starting Ray on 3 core(s) ..."), ({"address": "a:1"}, "joining the Ray cluster at a:1 ...")],
+)
+def test_a_line_is_printed_before_the_wait_for_ray(rule, line, monkeypatch):
+    said: list[str] = []
+
+    def begin(*_, **__):
+        raise RuntimeError(f"after {said}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", begin)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(RuntimeError) as caught, connected(Runtime(**rule), said.append):
+        pass
+    assert f"after {[line]}" in str(caught.value)
 
 
 @pytest.mark.ray
