@@ -36,6 +36,8 @@ MOVES = {
     """,
     "nothing": """
         data.root data.imagefolder.files data.imagefolder.image data.imagefolder.caption data.imagefolder.split
+        data.huggingface.folder data.huggingface.hub data.huggingface.config data.huggingface.revision
+        data.huggingface.image data.huggingface.caption data.huggingface.split
         experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
         distill.path_start distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
         distill.guard.retries distill.checkpoint_every evaluate.between

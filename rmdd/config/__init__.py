@@ -18,6 +18,7 @@ from rmdd.config import recipes
 from rmdd.config.data import Annotations as Annotations
 from rmdd.config.data import Captions as Captions
 from rmdd.config.data import Data as Data
+from rmdd.config.data import HuggingFace as HuggingFace
 from rmdd.config.data import ImageFolder as ImageFolder
 from rmdd.config.data import Parquet as Parquet
 from rmdd.config.data import Scenes as Scenes

@@ -76,19 +76,40 @@ class Tars(Section):
 
 
 class Parquet(Section):
-    """The source `parquet`: Parquet files that contain the images, as Hugging Face datasets stores them."""
+    """The source `parquet`: Parquet files that contain images, as Hugging Face datasets stores them, or list paths."""
 
     files: str = Field(
         "**/*.parquet",
         description="Parquet files: glob patterns or name-{000..146}.parquet below data.root, separated by ::",
     )
-    image: str = Field("image", description="name of the column with the image, as bytes or as {bytes, path}")
+    image: str = Field(
+        "image", description="name of the column with the image: bytes, {bytes, path}, or a path relative to data.root"
+    )
     caption: str = Field("caption", description="name of the column with a caption or a list of captions")
     split: str | None = Field(
         "split", description="column with train, val or test; if missing or null, split by file name or hash"
     )
     split_by_name: bool = Field(
         True, description="take the split from train, val or test in a file or folder name; otherwise split by a hash"
+    )
+
+
+class HuggingFace(Section):
+    """The source `huggingface`: a folder that `save_to_disk` of the library `datasets` wrote, or a dataset of the hub.
+
+    The library is only needed for the hub: `pip install 'rmdd[hub]'`.
+    """
+
+    folder: str = Field("", description="folder that save_to_disk wrote, relative to data.root")
+    hub: str | None = Field(None, description="id of a dataset of the hub, such as user/name, instead of a folder")
+    config: str | None = Field(None, description="configuration (subset) of the dataset of the hub; null: its default")
+    revision: str | None = Field(None, description="branch, tag or commit of the dataset of the hub; null: main")
+    image: str = Field(
+        "image", description="name of the column with the image: bytes, {bytes, path}, or a path relative to data.root"
+    )
+    caption: str = Field("caption", description="name of the column with a caption or a list of captions")
+    split: str | None = Field(
+        "split", description="column with train, val or test; if missing or null, split as the dataset or by a hash"
     )
 
 
@@ -152,8 +173,8 @@ class Data(Section):
     source: str = Field(
         "scenes",
         description="where the pairs come from: scenes, karpathy, lists (files per split, as BLIP and LoRS have "
-        "them), table, imagefolder, textcaps, webdataset, parquet, a source that an installed package adds, or dataset "
-        "(a folder that `rmdd ingest` wrote)",
+        "them), table, imagefolder, huggingface, parquet, textcaps, webdataset, a source that an installed package "
+        "adds, or dataset (a folder that `rmdd ingest` wrote)",
         json_schema_extra=hash_only("run", "ingest"),
     )
     root: str | None = Field(
@@ -176,6 +197,7 @@ class Data(Section):
     imagefolder: ImageFolder = Field(ImageFolder(), json_schema_extra=hash_only("run", "ingest"))
     webdataset: Tars = Field(Tars(), json_schema_extra=hash_only("run", "ingest"))
     parquet: Parquet = Field(Parquet(), json_schema_extra=hash_only("run", "ingest"))
+    huggingface: HuggingFace = Field(HuggingFace(), json_schema_extra=hash_only("run", "ingest"))
     split_fractions: tuple[float, float, float] = Field(
         (0.8, 0.1, 0.1),
         description="shares of train, val and test if the source has no splits; images are split by a hash of the path",
@@ -235,7 +257,10 @@ class Data(Section):
                 "(such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
             mistakes.append(Clash(text, "data.root"))
-        if source != "scenes" and self.root is None:
+        if source == "huggingface" and not (self.root or self.huggingface.hub):
+            text = "source 'huggingface' needs data.root (a folder of save_to_disk) or data.huggingface.hub (user/name)"
+            mistakes.append(Clash(text, "data.source", "data.root", "data.huggingface.hub"))
+        elif source not in ("scenes", "huggingface") and self.root is None:
             text = f"source '{source}' reads files; set data.root (--set data.root=FOLDER)"
             mistakes.append(Clash(text, "data.source", "data.root"))
         if source in ("karpathy", "lists") and self.layout is None and self.annotations is None:
@@ -261,7 +286,7 @@ class Data(Section):
         New sources are those added after version 0.1. A dataset is the same for all values of the fields of unused
         sources and, without `reencode`, of the fields about decoding.
         """
-        unused = tuple(name for name in ("imagefolder",) if name != self.source)
+        unused = tuple(name for name in ("imagefolder", "huggingface") if name != self.source)
         unused += ("splits",) if self.splits == Splits() else ()
         if purpose != "ingest":
             return unused

@@ -130,11 +130,12 @@ def _start_or_resume(
         folder.mkdir(parents=True)
     counts, parts = IngestCounts(), []
     source = sources.find(data)
-    if isinstance(source, SampleSource):
+    listed: Any = source.rows(contents, data) if isinstance(source, SampleSource) else contents
+    if isinstance(source, SampleSource) and listed is None:
         parts = file_parts(source, contents, data)
         carving = Carving.of(data, numbered(parts, source, data))
     else:
-        plan = make_plan(contents, data)
+        plan = make_plan(listed, data)
         _check_root(plan, data)
         counts, parts, carving = plan.counts, write_parts(plan, data, folders.plan), Carving(())
     write_entries(folders.plan / QUARANTINE, counts.entries)

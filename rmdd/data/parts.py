@@ -25,7 +25,7 @@ from rmdd.data.carving import Carving, meaning
 from rmdd.data.counts import IngestCounts
 from rmdd.data.decode import ImageError, decode_as
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
-from rmdd.data.source import NO_SPLIT, Candidate, SampleSource
+from rmdd.data.source import NO_SPLIT, AnnotationSource, Candidate, SampleSource
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,12 @@ class PartWriter:
     def _pairs(self, part: IngestPart, counts: IngestCounts) -> Iterator[Pair]:
         """Yield the usable image-caption pairs of a part in input order, and count the rejected rows in `counts`."""
         candidates: Iterator[Candidate]
-        if isinstance(self.source, SampleSource):
+        if part.kind != "listed":
+            assert isinstance(self.source, SampleSource)
             candidates = self.source.candidates(part.file, (part.start, part.stop), part.split, self.data, counts)
         else:
-            candidates = planned.candidates(self.folders.plan / part.file, self.data, self.source)
+            draw = self.source.draw if isinstance(self.source, AnnotationSource) else None
+            candidates = planned.candidates(self.folders.plan / part.file, self.data, draw)
         for candidate in candidates:
             try:
                 split = candidate.split if part.kind == "listed" else self._split_of(candidate)

@@ -7,10 +7,9 @@ disk. For tar and Parquet files, the plan contains only the list of files.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,15 +17,14 @@ import pyarrow.parquet as pq
 
 from rmdd.config import Data
 from rmdd.data.carving import Carving, meaning
-from rmdd.data.counts import IngestCounts, is_text
+from rmdd.data.counts import IngestCounts
+from rmdd.data.image_files import PROBLEMS, checked_path
 from rmdd.data.inputs import input_path, is_remote
 from rmdd.data.layouts import alternatives
 from rmdd.data.parts import IngestPart
 from rmdd.data.planned import PLAN_SCHEMA
 from rmdd.data.shards import SPLITS
 from rmdd.data.source import NO_SPLIT, AnnotationRow, SampleSource
-
-_DRIVE = re.compile(r"[A-Za-z]:")
 
 # These limits on the rows in a part of an ingest make sure that a dataset of small images still has many parts.
 _FILES_PER_PART = 8192
@@ -66,9 +64,9 @@ def make_plan(rows: Iterable[AnnotationRow], data: Data) -> IngestPlan:
         if split == NO_SPLIT:
             counts.reject(row.image, "no_split", row.origin, "no split lists this image", len(row.captions))
             continue
-        path, problem = _checked_path(row.image)
+        path, problem = checked_path(row.image)
         if problem:
-            counts.reject(row.image, problem, row.origin, _PROBLEMS[problem], len(row.captions))
+            counts.reject(row.image, problem, row.origin, PROBLEMS[problem], len(row.captions))
             continue
         pair = merged.get(path)
         if pair is None:
@@ -141,22 +139,3 @@ def _size(root: str, path: str, layout: str | None) -> int:
         except (OSError, ValueError):
             continue
     return 0
-
-
-_PROBLEMS = {
-    "no_path": "the image path is missing or not text",
-    "absolute_path": "absolute paths are not allowed; write it relative to data.root",
-    "escaping_path": "the path leads out of data.root",
-}
-
-
-def _checked_path(value: Any) -> tuple[str, str | None]:
-    """Return a normalised relative POSIX path and None, or an empty path and the reason why the path is rejected."""
-    if not isinstance(value, str) or not value.strip() or not is_text(value) or "\0" in value:
-        return "", "no_path"
-    path = PurePosixPath(value.strip().replace("\\", "/"))
-    if path.is_absolute() or _DRIVE.match(str(path)):
-        return "", "absolute_path"
-    if ".." in path.parts:
-        return "", "escaping_path"
-    return (str(path), None) if path.parts else ("", "no_path")

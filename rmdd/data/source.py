@@ -127,3 +127,5 @@ class SampleSource:
     """Function of (file, range, split, data, counts) that yields the usable rows and adds all rows to `counts`."""
     ranges: Callable[[list[str], Data], list[list[tuple[int, int]]]] = lambda files, data: [[(0, 0)]] * len(files)
     """Function that returns for each file the ranges to read, such as row groups; (0, 0) is the entire file."""
+    rows: Callable[[list[tuple[str, int, str | None]], Data], Iterator[AnnotationRow] | None] = lambda files, data: None
+    """Function that returns the rows of files that list the paths of images; None if the files contain images."""

@@ -362,14 +362,20 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
     layout = "textcaps" if data.source == "textcaps" else data.layout
     if layout is not None and not input_path(data.root).is_dir():
         return limited(PUBLISHED_COUNTS[layout], data), f"as published, because data.root {data.root} does not exist"
+    if data.source == "huggingface" and (hub := data.huggingface.hub):
+        raise ValueError(f"cannot count the pairs of '{hub}' before they are downloaded; run `rmdd ingest` first")
     source = sources.find(data)
     if isinstance(source, SampleSource):
         files = source.files(data)
-        raise ValueError(
-            f"cannot count the pairs of {len(files)} {data.source} files without reading them; run `rmdd ingest` "
-            "first, then check a run with data: {source: dataset, root: the ingested folder}"
-        )
-    plan = make_plan(source.rows(data)[0], data)
+        rows = source.rows(files, data)
+        if rows is None:
+            raise ValueError(
+                f"cannot count the pairs of {len(files)} {data.source} files without reading them; run `rmdd ingest` "
+                "first, then check a run with data: {source: dataset, root: the ingested folder}"
+            )
+    else:
+        rows = source.rows(data)[0]
+    plan = make_plan(rows, data)
     counts = {k: (len(rows), sum(len(r["captions"]) for r in rows)) for k, rows in plan.pairs.items()}
     return limited(counts, data), "from the annotations; no image was opened"
 

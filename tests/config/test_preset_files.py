@@ -30,6 +30,7 @@ EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl", "emoji_ptm_st_100")
 """Starts of the names of the presets whose `distill.estimator` is still exact; it is now first_order in all others."""
 
 ADDED = {
+    "data.huggingface": config.HuggingFace().model_dump(mode="json"),
     "data.imagefolder": config.ImageFolder().model_dump(mode="json"),
     "data.splits": config.Splits().model_dump(mode="json"),
     "distill.path_start": "theta_0",

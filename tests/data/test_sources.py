@@ -101,7 +101,10 @@ def test_a_custom_sample_format_is_read_in_ranges(one_file, root, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lines", r"unknown source 'lines'; available: dataset, karpathy, lists, .*did you mean lists\?"),
+        (
+            "lines",
+            r"unknown source 'lines'; available: dataset, huggingface, .*karpathy, lists, .*did you mean lists\?",
+        ),
         ("nonsense", "an entry point of the group rmdd.sources"),
         ("classes", "data.source 'classes' can only be used in evaluate.probes"),
     ],

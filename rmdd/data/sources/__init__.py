@@ -14,5 +14,6 @@ def find(data: Data) -> AnnotationSource | SampleSource:
     if not isinstance(source, AnnotationSource | SampleSource):
         raise ValueError(f"data.source '{data.source}' has a SOURCE that is no AnnotationSource or SampleSource")
     if data.root is not None and not (root := input_path(data.root)).is_dir():
-        raise ValueError(f"data.root {root} is not a folder; give the folder that image paths are relative to")
+        hub = "; for a dataset of the hub, set data.huggingface.hub to its id" if data.source == "huggingface" else ""
+        raise ValueError(f"data.root {root} is not a folder; give the folder that image paths are relative to{hub}")
     return source

@@ -1,6 +1,6 @@
-"""Parquet files that contain the images, as the Hugging Face library `datasets` writes them.
+"""Parquet files that contain images, as the Hugging Face library `datasets` writes them, or that list their paths.
 
-The image column is `{bytes, path}` or binary; the caption column is text or a list of texts.
+`rmdd.data.arrow_tables` says which columns are accepted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rmdd.config import Data
+from rmdd.data import arrow_tables
 from rmdd.data.counts import IngestCounts
-from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, input_path, parquet_file
-from rmdd.data.source import Candidate, SampleSource, as_captions, sample_files
+from rmdd.data.source import AnnotationRow, Candidate, SampleSource, sample_files
 
 _CONCURRENT_FILES = 16
-_ROWS_PER_READ = 32
 
 
 def row_group_ranges(paths: list[str], data: Data) -> list[list[tuple[int, int]]]:
@@ -37,46 +36,44 @@ def candidates(
     file: str, groups: tuple[int, int], split: str | None, data: Data, counts: IngestCounts
 ) -> Iterator[Candidate]:
     """Yield the rows of a Parquet file in order; `groups` is the range (start, stop) of row groups to read."""
-    start, stop = groups
-    rule, path = data.parquet, input_path(data.root) / file
+    path = input_path(data.root) / file
     with _opened(path) as table:
-        number = sum(table.metadata.row_group(g).num_rows for g in range(start))
-        columns = [n for n in (rule.image, rule.caption, rule.split) if n in table.schema_arrow.names]
-        batches = table.iter_batches(_ROWS_PER_READ, list(range(start, stop)), columns=columns)
-        while (batch := _next(batches, path)) is not None:
-            for row in batch.to_pylist():
-                origin, pair_id = f"{file} row {number}", f"{file}/{number:08d}"
-                number += 1
-                captions = as_captions(row[rule.caption])
-                counts.rows_in += 1
-                counts.captions_in += len(captions)
-                usable: dict[str, None] = {}
-                counts.keep_captions(usable, captions, pair_id, origin)
-                if not usable:
-                    counts.reject(pair_id, "no_caption", origin, "none of its captions is usable", 0)
-                    continue
-                named = split if rule.split not in row else str(row[rule.split])
-                yield Candidate(pair_id, tuple(usable), named, "parquet", origin, _image(row[rule.image]))
+        yield from arrow_tables.candidates(_rows(table, groups, path, data), file, split, data, counts)
 
 
-def _next(batches: Iterator[pa.RecordBatch], file: InputPath) -> pa.RecordBatch | None:
+def path_rows(files: list[tuple[str, int, str | None]], data: Data) -> Iterator[AnnotationRow] | None:
+    """Return the rows of all files if the image column of the first file holds paths, otherwise None."""
+    root = input_path(data.root)
+    with _opened(root / files[0][0]) as table:
+        if not arrow_tables.lists_paths(root / files[0][0], table.schema_arrow, data):
+            return None
+    return (row for file, _, split in files for row in _listed(file, split, data))
+
+
+def _listed(file: str, split: str | None, data: Data) -> Iterator[AnnotationRow]:
+    path = input_path(data.root) / file
+    with _opened(path) as table:
+        if not arrow_tables.lists_paths(path, table.schema_arrow, data):
+            raise ValueError(f"{path} contains images, but other files list paths; separate them by data.parquet.files")
+        rows = _rows(table, (0, table.num_row_groups), path, data)
+        yield from arrow_tables.annotation_rows(rows, file, split, data)
+
+
+def _rows(table: pq.ParquetFile, groups: tuple[int, int], file: InputPath, data: Data) -> arrow_tables.Numbered:
+    first = sum(table.metadata.row_group(g).num_rows for g in range(groups[0]))
+    columns = arrow_tables.columns(table.schema_arrow, data)
+    batches = table.iter_batches(arrow_tables.ROWS_PER_READ, list(range(*groups)), columns=columns)
     try:
-        return next(batches, None)
+        yield from arrow_tables.numbered(batches, first)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(file, error) from None
 
 
-def _image(value: Any) -> bytes | ImageError:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return data or ImageError("no_image", "the image column is empty")
-
-
 def _ranges_of_file(file: InputPath, data: Data) -> list[tuple[int, int]]:
-    rule, limit = data.parquet, int(data.shard_mb * 2**20)
+    limit = int(data.shard_mb * 2**20)
     with _opened(file) as table:
-        columns = {field.name: field.type for field in table.schema_arrow}
-        _check(file, rule.image, columns, "image", "{bytes, path} or binary", _holds_bytes)
-        _check(file, rule.caption, columns, "caption", "text or a list of texts", _holds_text)
+        if arrow_tables.lists_paths(file, table.schema_arrow, data):
+            raise ValueError(f"{file} lists paths, but other files contain images; separate them by data.parquet.files")
         sizes = [_compressed(table.metadata.row_group(g)) for g in range(table.num_row_groups)]
     ranges, start, size = [], 0, 0
     for group, group_size in enumerate(sizes, start=1):
@@ -85,26 +82,6 @@ def _ranges_of_file(file: InputPath, data: Data) -> list[tuple[int, int]]:
             ranges.append((start, group))
             start, size = group, 0
     return ranges
-
-
-def _check(file: InputPath, name: str, columns: dict[str, Any], option: str, expected: str, fits: Any) -> None:
-    if name not in columns:
-        raise ValueError(f"{file} has no column '{name}', only {', '.join(columns)}; set data.parquet.{option}")
-    if not fits(columns[name]):
-        raise ValueError(f"{file}: column '{name}' is {columns[name]}, expected {expected}; set data.parquet.{option}")
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _compressed(group: Any) -> int:
@@ -124,4 +101,4 @@ def _damaged(file: InputPath, error: Exception) -> ValueError:
     )
 
 
-SOURCE = SampleSource(functools.partial(sample_files, source="parquet"), candidates, row_group_ranges)
+SOURCE = SampleSource(functools.partial(sample_files, source="parquet"), candidates, row_group_ranges, path_rows)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from rmdd.config import Data, Parquet
 from rmdd.data.ingest import ingest
+from rmdd.runs.cost import known_counts
 
 
 def picture(seed):
@@ -78,11 +79,15 @@ def test_a_large_file_is_read_in_ranges_of_row_groups(root, tmp_path):
 
 
 def test_unreadable_files_are_refused(root, tmp_path):
-    write(root / "a.parquet", [picture(0)], ["x"])
+    write(root / "a.parquet", [picture(0)], ["x"], number=[1], sentences=[[{"id": 1, "raw": "x"}]])
     for rule, words in {
-        ("pixels", "caption"): "has no column 'pixels', only image, caption; set data.parquet.image",
+        ("pixels", "caption"): "has no column 'pixels', only image, caption, number, sentences; set data.parquet.image",
         ("image", "image"): "column 'image' is binary, expected text or a list of texts; set data.parquet.caption",
-        ("caption", "caption"): "column 'caption' is string, expected .bytes, path. or binary",
+        ("number", "caption"): "column 'number' is int64, expected .bytes, path., binary or paths",
+        (
+            "image",
+            "sentences",
+        ): "column 'sentences' is .*, expected text or .*; set data.parquet.caption, such as .*s.raw",
     }.items():
         with pytest.raises(ValueError, match=words):
             ingest(data_of(root, image=rule[0], caption=rule[1]), tmp_path / "out")
@@ -91,3 +96,49 @@ def test_unreadable_files_are_refused(root, tmp_path):
         ingest(data_of(root), tmp_path / "out")
     with pytest.raises(ValueError, match="no file under .* matches data.parquet.files 'b"):
         ingest(data_of(root, files="b*.parquet"), tmp_path / "out")
+
+
+def test_a_column_of_paths_lists_images_below_the_root(root, draw, tmp_path):
+    draw("pictures/0.png", "pictures/1.png", "pictures/2.png", "pictures/3.png")
+    names = ["pictures/0.png", "pictures/0.png", "pictures/1.png", "../x.png"]
+    write(root / "train.parquet", names, ["a", "b", "c", "d"])
+    write(root / "more" / "all.parquet", ["pictures/2.png", "pictures/3.png"], ["e", "f"], split=["dev", "test"])
+    dataset = ingest(data_of(root), tmp_path / "out")
+    assert pairs(dataset) == {
+        "train": {"pictures/0.png": ("a", "b"), "pictures/1.png": ("c",)}, "val": {"pictures/2.png": ("e",)},
+        "test": {"pictures/3.png": ("f",)},
+    }  # fmt: skip
+    assert next(dataset.pairs("train")).image == (root / "pictures/0.png").read_bytes()
+    assert dataset.manifest["quarantine"] == {"escaping_path": 1} and dataset.manifest["rows_merged"] == 1
+    assert known_counts(data_of(root))[0] == {"train": (2, 3), "val": (1, 1), "test": (1, 1)}
+    write(root / "test.parquet", [picture(0)], ["x"])
+    with pytest.raises(ValueError, match="test.parquet contains images, but other files list paths; separate them"):
+        ingest(data_of(root), tmp_path / "mixed")
+
+
+def test_an_image_without_bytes_is_read_from_its_path(root, draw, tmp_path):
+    draw("pictures/1.png", "pictures/2.png")
+    images = [
+        {"bytes": picture(0), "path": "elsewhere.png"},
+        {"bytes": None, "path": "pictures/1.png"},
+        {"bytes": None, "path": str(root / "pictures" / "2.png")},
+        {"bytes": None, "path": "pictures/3.png"},
+        {"bytes": None, "path": "/etc/hostname"},
+        {"bytes": None, "path": None},
+    ]
+    write(root / "train.parquet", images, list("abcdef"))
+    dataset = ingest(data_of(root), tmp_path / "out")
+    found = [picture(0), *((root / "pictures" / f"{i}.png").read_bytes() for i in (1, 2))]
+    assert [p.image for p in dataset.pairs("train")] == found
+    assert dataset.manifest["quarantine"] == {"absolute_path": 1, "missing_file": 1, "no_image": 1}
+    draw("pictures/3.png")  # a missing file that turns up later is ingested, as from a table
+    assert len(list(ingest(data_of(root), tmp_path / "out").pairs("train"))) == 4
+
+
+def test_captions_inside_objects_and_in_several_columns(root, tmp_path):
+    sentences = [[{"raw": "one", "id": 1}, {"raw": "two", "id": 2}], [{"raw": "three", "id": 3}]]
+    write(root / "train.parquet", [picture(0), picture(1)], ["x", "y"], caption_1=["p", "q"], sentences=sentences)
+    nested = ingest(data_of(root, caption="sentences.raw"), tmp_path / "nested")
+    assert list(pairs(nested)["train"].values()) == [("one", "two"), ("three",)]
+    several = ingest(data_of(root, caption="caption*"), tmp_path / "several")
+    assert list(pairs(several)["train"].values()) == [("x", "p"), ("y", "q")]
