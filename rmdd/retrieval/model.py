@@ -206,7 +206,9 @@ class RetrievalModel:
         A new process computes embeddings with the same bits, if it uses the same device and number of threads. Raises
         `ValueError` for a missing, damaged or newer model.
         """
-        path = Path(path).absolute()
+        path, device = Path(path).absolute(), torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, and this machine has no GPU that torch can use; give cpu")
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"no model at {path}: {DESCRIPTION} is missing; give a folder that `rmdd train` wrote")
         try:
@@ -222,13 +224,13 @@ class RetrievalModel:
             encoder.load_state_dict(weights)
             shape = facts["normalisation"] | {name: facts[name] for name in ("text_width", "text_encoder")}
             origin = {"trained_on": facts["trained_on"], "scores": facts["scores"]}
-            return cls(encoder.to(device), towers, data, **shape, **origin, path=path)
         except (Damaged, KeyError, TypeError, RuntimeError) as error:
             written, now = facts.get("versions", {}), version("timm")
             raise ValueError(
                 f"{path} is damaged, or its image tower differs in this version of timm (written with "
                 f"{written.get('timm')}, installed {now}): {error}; copy or train the model again"
             ) from error
+        return cls(encoder.to(device), towers, data, **shape, **origin, path=path)
 
 
 load_model = RetrievalModel.load

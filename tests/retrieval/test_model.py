@@ -150,6 +150,9 @@ def test_damage_of_a_model_is_named(model, storage, tmp_path):
     with pytest.raises(ValueError, match=r"copied is damaged.*copy or train the model again"):
         rmdd.load_model(tmp_path / "copied")
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "copied")]).exit_code == 1
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU that torch can use; give cpu"):
+            rmdd.load_model(storage / "model", "cuda")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="has other files and is no model"):
