@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 from collections import Counter
@@ -18,6 +19,7 @@ import rmdd
 from rmdd import config
 from rmdd import pipeline as pipeline_module
 from rmdd.cli.console import result_table
+from rmdd.core.failures import MustChange
 from rmdd.core.progress import Progress
 from rmdd.core.storage import run_folder
 from rmdd.data.ingest import ingest
@@ -256,7 +258,12 @@ def test_over_budget_can_be_a_warning(storage):
     assert len(said) == 1 and said[0].startswith("warning: budget 8 allows ")
 
 
-def test_a_folder_begun_with_other_data_is_refused(tmp_path):
+def test_an_expert_that_diverges_says_what_to_change_and_not_to_resume(tmp_path):
+    with pytest.raises(MustChange, match="expert 0 on .* diverged in epoch 1.*lower experts.lr_image"):
+        go(load(tmp_path, "experts.lr_image=1e38", "experts.lr_text=1e38"), "experts")
+
+
+def test_results_of_other_data_are_not_mixed_with_new_ones(tmp_path):
     for seed in (0, 1):
         ingest(load(tmp_path, f"data.scenes.seed={seed}").data, tmp_path / str(seed))
 
@@ -266,8 +273,13 @@ def test_a_folder_begun_with_other_data_is_refused(tmp_path):
     go(with_data("0"), "ingest")
     shutil.copytree(tmp_path / "0", tmp_path / "moved")
     assert go(with_data("moved"), "ingest").path == tmp_path / "moved", "the data folder may be moved"
-    with pytest.raises(ValueError, match=r"tiny-.* was started with other data .*give the run another name"):
-        go(with_data("1"), "ingest")
+    assert go(with_data("1"), "ingest").path == tmp_path / "1", "data may be corrected while there are no results"
+    (run_folder(with_data("1")) / "evaluation.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"has results of other data \(22 pairs then, 22 pairs now\); .* `name`"
+    ) as wrong:
+        go(with_data("0"), "ingest")
+    assert not re.search("[0-9a-f]{64}", str(wrong.value))
 
 
 @pytest.mark.parametrize(

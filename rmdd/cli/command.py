@@ -29,6 +29,7 @@ from rmdd import config
 from rmdd.cli.console import stdout
 from rmdd.cli.loading import load
 from rmdd.config.presets import preset_names
+from rmdd.core.failures import MustChange, may_pass
 from rmdd.core.progress import Progress
 from rmdd.core.storage import address_of, is_uri, run_folder
 
@@ -73,10 +74,14 @@ class Output:
     """Whether to break long lines even if the output goes to a file or pipe."""
 
 
-def failure(summary: str, reasons: Iterable[tuple[Any, str]]) -> RuntimeError | None:
-    """Return an error whose text has the number of failures, `summary` and each failure; None without failures."""
+def failure(summary: str, reasons: Iterable[tuple[Any, str]], again: bool = True) -> RuntimeError | None:
+    """Return an error whose text has the number of failures, `summary` and each failure; None without failures.
+
+    `again` says whether a second start may succeed; if not, the command line does not advise to resume.
+    """
     lines = [f"{name}: {why}" for name, why in reasons]
-    return RuntimeError("\n".join([f"{len(lines)} {summary}", *lines])) if lines else None
+    text = "\n".join([f"{len(lines)} {summary}", *lines])
+    return (RuntimeError if again else MustChange)(text) if lines else None
 
 
 @dataclass
@@ -226,7 +231,7 @@ def errors_to_exit_codes(debug: bool = False, folders: dict[Path, str] | None = 
         advice = getattr(error, "advice", GENERAL_ADVICE)
         end("\n".join(filter(None, [f"error: {words(error)}", advice])), 1, error)
     except (RuntimeError, OSError, MemoryError) as error:
-        resume_with = how_to_resume("\nafter fixing the problem, resume with")
+        resume_with = how_to_resume("\nafter fixing the problem, resume with") if may_pass(error) else ""
         end(f"error: {words(error)}{resume_with}", 1, error)
 
 

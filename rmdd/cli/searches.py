@@ -47,7 +47,8 @@ def run_sweep(call: Call, members: "list[Member]") -> Output:
     with call.working(folder, address) as progress:
         result = run_all(members, progress)
     lines = [sweep_table(result.runs, result.groups), f"sweep: {address} (results.json, runs.csv)"]
-    failed = failure(f"of {len(members)} runs failed", [(row["settings"], row["error"]) for row in result.failed])
+    reasons = [(row["settings"], row["error"]) for row in result.failed]
+    failed = failure(f"of {len(members)} runs failed", reasons, again=any(row["may_pass"] for row in result.failed))
     return Output({"sweep": address, "runs": result.runs, "groups": result.groups}, lines, failed)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from rmdd.core.failures import may_pass
 from rmdd.core.progress import Progress
 
 Values = dict[str, Any]
@@ -66,7 +67,7 @@ class ReturnFailures:
             return self.task(item, hooks)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            return Failed(reason, socket.gethostname(), isinstance(error, RuntimeError | OSError | MemoryError))
+            return Failed(reason, socket.gethostname(), may_pass(error))
 
 
 @runtime_checkable

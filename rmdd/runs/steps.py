@@ -5,13 +5,14 @@ Every step first looks for finished results in the storage, so a restarted run r
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rmdd import config, methods
 from rmdd.core.device import device_of
+from rmdd.core.failures import MustChange
 from rmdd.core.files import read_json, write_json
 from rmdd.core.progress import Progress
 from rmdd.core.storage import open_storage
@@ -19,7 +20,7 @@ from rmdd.core.tracking import is_curve
 from rmdd.data.captions import SplitCaptions
 from rmdd.data.carving import empty_splits
 from rmdd.data.ingest import ingest
-from rmdd.data.shards import Dataset
+from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill import chain
 from rmdd.distill.guard import PhaseDiverged
 from rmdd.distill.trajectory.planning import PLAN, budget_error, with_plan
@@ -50,6 +51,9 @@ from rmdd.runs.paths import (
 )
 from rmdd.runs.students import TrainStudent
 from rmdd.runs.tasks import CheckHealth, DistillPhase, DistillShared, GeneratePhase, MakePlan, TrainExpert
+
+NO_RESULTS = ("run.yaml", "data.json", "seconds.json", "events.jsonl")
+"""Names of the files in a run folder that do not depend on the content of the data."""
 
 
 class Steps:
@@ -361,33 +365,42 @@ class Steps:
         return read_json(self.folder / "seconds.json") if (self.folder / "seconds.json").is_file() else {}
 
     def _train(self, items: list[TaskItem]) -> None:
-        """Train experts and retry failed ones. Raises a `RuntimeError` that lists experts that failed every time."""
+        """Train experts and retry failed ones. Raises a `RuntimeError` that lists experts that failed every time,
+        or `MustChange` if resuming cannot help."""
         executor, runtime, size = None, self.run.runtime, self.run.experts.worker_group.workers
         if items and self.backend.expert_pool is not None and (size > 1 or runtime.fleet == "train"):
             executor = self.backend.expert_pool(items[0].paths.store.name, size=size)
         by_reason: dict[str, list[str]] = {}
+        kind: type[RuntimeError] = RuntimeError
         for retries_left in reversed(range(runtime.max_restarts + 1)):
             totals = {f"expert {item.number}": self.run.experts.epochs for item in items}
             results = self.map("experts", ReturnFailures(TrainExpert()), items, totals, executor)
             failed = [(item, r) for item, r in zip(items, results, strict=True) if isinstance(r, Failed)]
             items = [item for item, r in failed if r.again and retries_left]
+            if executor is None and any(not r.again for _, r in failed):
+                kind = MustChange  # Ray Train does not say whether an expert that it gives up may be tried again
             for item, r in failed:
                 if item not in items:
                     by_reason.setdefault(f"on {r.host}: {r.reason}", []).append(str(item.number))
         if by_reason:
             lines = "".join(f"\n  expert {', '.join(numbers)} {reason}" for reason, numbers in by_reason.items())
-            raise RuntimeError(
+            raise kind(
                 f"{sum(map(len, by_reason.values()))} expert(s) could not be trained; all others are complete:{lines}"
             )
 
     def _bind(self, dataset: Dataset) -> None:
-        """Raise `ValueError` if this run folder was started with a different dataset; otherwise write `data.json`."""
+        """Raise `ValueError` if this run folder has results of a different dataset; otherwise write `data.json`."""
         path = self.folder / "data.json"
-        if path.is_file() and read_json(path)["data_hash"] != dataset.hash:
-            raise ValueError(
-                f"{self.folder} was started with other data (hash {read_json(path)['data_hash']}, now {dataset.hash}); "
-                "give the run another name"
-            )
+        earlier = read_json(path) if path.is_file() else {"data_hash": dataset.hash}
+        if earlier["data_hash"] != dataset.hash:
+            if any(file.name not in NO_RESULTS and file.name[0] != "." for file in self.folder.iterdir()):
+                manifest = Path(earlier["path"]) / MANIFEST
+                then = f"{_pairs(read_json(manifest)['counts'])} pairs then, " if manifest.is_file() else ""
+                raise ValueError(
+                    f"{self.folder} has results of other data ({then}{_pairs(dataset.counts)} pairs now); to start "
+                    "with the new data, change `name` in the run file, or delete this folder"
+                )
+            self.progress.say("data: other than at the last start, which left no results")
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
 
     @contextlib.contextmanager
@@ -399,6 +412,10 @@ class Steps:
             total = self.all_seconds()
             total[step] = round(total.get(step, 0.0) + time.perf_counter() - began, 2)
             write_json(self.folder / "seconds.json", total)
+
+
+def _pairs(counts: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(of_split["pairs"] for of_split in counts.values())
 
 
 def _records(name: str) -> bool:

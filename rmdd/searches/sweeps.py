@@ -19,6 +19,7 @@ import yaml
 
 from rmdd import config
 from rmdd.config.runfile import parse
+from rmdd.core.failures import may_pass
 from rmdd.core.files import read_json, write_json
 from rmdd.core.layout import locate_file
 from rmdd.core.progress import Progress, Stage
@@ -51,7 +52,8 @@ class SweepResult:
 
     folder: Path
     runs: list[dict[str, Any]]
-    """A row per run: its settings, distillation method and folder, and its scores or its error message."""
+    """A row per run: its settings, distillation method and folder, and its scores or its error message. With an error,
+    `may_pass` is false if the same run would fail again."""
     groups: list[dict[str, Any]]
     """One row per group of runs that differ only in seeds. A row has the mean and standard deviation of the scores."""
 
@@ -268,7 +270,7 @@ def _row(member: Member, error: Exception | None) -> dict[str, Any]:
     address = address_of(member.run.runtime, folder)
     row: dict[str, Any] = {"settings": member.settings, "method": name, "folder": address}
     if error is not None:
-        return row | {"error": message_of(error)}
+        return row | {"error": message_of(error), "may_pass": may_pass(error)}
     table = read_json(folder / "evaluation.json")["table"]
     return row | {split: table[name][split]["R@mean"] for split in SCORES}
 

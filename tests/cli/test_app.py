@@ -20,6 +20,7 @@ import rmdd.pipeline
 from rmdd import config
 from rmdd.cli import app as cli
 from rmdd.config.template import template
+from rmdd.core.failures import MustChange
 from rmdd.core.layout import require_layout
 from rmdd.core.storage import open_storage
 from rmdd.distill.guard import PhaseDiverged
@@ -285,6 +286,12 @@ def test_json_is_one_object_and_nothing_else(workdir, monkeypatch):
             False,
         ),
         (PhaseDiverged("not finite; halve"), 1, "error: not finite; halve\n", False),
+        (
+            MustChange("expert 0 diverged; lower experts.lr_image"),
+            1,
+            "expert 0 diverged; lower experts.lr_image\n",
+            False,
+        ),
         (RuntimeError("worker died"), 1, "error: worker died\nafter fixing the problem, resume with: ", True),
         (OSError("disk full"), 1, "error: disk full", True),
         (KeyboardInterrupt(), 130, "stopped; resume with: ", True),

@@ -152,6 +152,9 @@ def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
         "error"
     ]
     assert result.groups[1]["n"] == 0
+    again = CliRunner().invoke(cli.app, ["resume", str(result.folder), "--quiet"])
+    assert again.exit_code == 1 and "1 of 2 runs failed" in again.stderr
+    assert "resume with" not in again.stderr, "the run would fail again until its values change"
 
 
 def test_settings_come_from_over_options_or_from_a_file(tmp_path):
