@@ -21,14 +21,15 @@ RAY = {name for name in MODULES if name == "rmdd.execution.ray" or name.startswi
 ROOMS: dict[str, list[str]] = {
     "rmdd": "cli searches comparisons pipeline artefact retrieval core config".split(),
     "cli": (
-        "inventory bench analyse searches comparisons pipeline report runs methods evaluate artefact retrieval core "
-        "config"
+        "doctor inventory bench analyse searches comparisons pipeline report runs methods evaluate artefact retrieval "
+        "core config"
     ).split(),
     "bench": "pipeline methods distill experts models core config".split(),
     "analyse": (
         "searches comparisons pipeline report runs methods evaluate distill experts models execution core config"
     ).split(),
-    "inventory": "searches comparisons runs artefact distill core config".split(),
+    "doctor": "core config".split(),
+    "inventory": "searches comparisons runs methods artefact distill models data core config".split(),
     "searches": (
         "comparisons pipeline report runs methods evaluate artefact retrieval distill models execution core config"
     ).split(),
