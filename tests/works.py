@@ -56,3 +56,5 @@ def make(storage):
     rmdd.coreset(
         run_of(storage, "ingested", data={"scenes": {"train": 11}}), method="random", pairs=3, progress=tiny.QUIET
     )
+    rmdd.train(one["folder"], progress=tiny.QUIET)
+    rmdd.train(one["folder"], "random:3", progress=tiny.QUIET)

@@ -197,21 +197,25 @@ def is_temporary(name: str) -> bool:
 
 
 def sweep(folder: Path | str) -> list[Path]:
-    """Remove the abandoned temporary files under `folder`, and return their paths.
+    """Remove the abandoned temporary files under `folder` (see `abandoned_in`), and return their paths."""
+    swept = []
+    for path in abandoned_in(folder):
+        with contextlib.suppress(FileNotFoundError):  # another run may have removed it already
+            _remove(path)
+            swept.append(path)
+    return swept
+
+
+def abandoned_in(folder: Path | str) -> Iterator[Path]:
+    """Yield the abandoned temporary files and folders under `folder`.
 
     A file that this machine wrote is abandoned if the process that wrote it is dead. A file that a different machine
     wrote is abandoned if it has not changed for a day.
     """
-    swept = []
     for parent, folders, files in os.walk(folder):
         temporary = [name for name in (*folders, *files) if is_temporary(name)]
         folders[:] = [name for name in folders if name not in temporary]
-        for path in (Path(parent) / name for name in temporary):
-            if _abandoned(path):
-                with contextlib.suppress(FileNotFoundError):  # another run may have removed it already
-                    _remove(path)
-                    swept.append(path)
-    return swept
+        yield from (path for path in (Path(parent) / name for name in temporary) if _abandoned(path))
 
 
 def _abandoned(path: Path) -> bool:

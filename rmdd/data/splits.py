@@ -96,6 +96,12 @@ class Split:
             return chosen
         return self.pixels.decode(np.asarray(index))
 
+    @property
+    def cached_files(self) -> list[Path]:
+        """The files in which the decoded and the encoded images are kept between runs; each may be missing."""
+        decoded = [] if isinstance(self.pixels, np.ndarray) else [self.pixels.path]
+        return [*decoded, self._encoded, _offsets(self._encoded)]
+
     def cache_bytes(self, encoded: bool) -> int:
         """Return the bytes in the cache of decoded images. If `encoded`, return an estimate for encoded images instead.
 
@@ -161,12 +167,16 @@ def squashed(image: bytes, data: Data) -> np.ndarray:
     return squash(decode_as(image, data), data.image_size)
 
 
+def _offsets(path: Path) -> Path:
+    return path.with_suffix(".offsets.npy")
+
+
 def _encoded_cache(dataset: Dataset, split: str, rows: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the encoded images as one array of bytes, and the N+1 offsets of the images in it.
 
     Both results are cache files, written if missing. The file of offsets is written last, so it marks a complete cache.
     """
-    offsets = path.with_suffix(".offsets.npy")
+    offsets = _offsets(path)
     if not (offsets.is_file() and path.is_file()):
         with hold_folder(path.with_suffix(""), wait=True):
             if not (offsets.is_file() and path.is_file()):

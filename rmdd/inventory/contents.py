@@ -25,6 +25,7 @@ DESCRIPTIONS = (
     "results.json",
     "comparison.json",
     "subset.json",
+    "model.json",
 )
 """Names of the small files that say what the folders of a storage are; only these are fetched from a URI."""
 
@@ -67,9 +68,12 @@ class Contents:
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def holds(self, path: Path) -> bool:
-        """Return whether `path` lies in this storage."""
-        return path.is_relative_to(self.root) and path != self.root
+    def name_in(self, path: Path) -> str | None:
+        """Return the name of a path in this storage, also if it leads there by links; None for other paths."""
+        for inner, root in ((path.absolute(), self.root), (path.resolve(), self.root.resolve())):
+            if inner.is_relative_to(root) and inner != root:
+                return inner.relative_to(root).as_posix()
+        return None
 
     def held(self, seconds: float = EXPIRES) -> set[str]:
         """Return the folders in which a process works: of this machine, or of another whose lease changed lately.

@@ -46,9 +46,10 @@ class Listed:
 
 
 def listed(contents: Contents) -> list[Listed]:
-    """Return a row for each run, sweep, search, comparison and coreset, the last changed first.
+    """Return a row for each run, sweep, search, comparison, coreset and model, the last changed first.
 
-    The trials of a search and its base run have no rows, except those that were evaluated as a run.
+    The trials of a search and its base run have no rows, except those that were evaluated as a run. The folder in which
+    a finished model was trained has none either.
     """
     works, held = works_in(contents), contents.held()
     rows, trials = [], set[str]()
@@ -65,6 +66,8 @@ def listed(contents: Contents) -> list[Listed]:
             row.problem = str(error) or type(error).__name__
         rows.append(row)
     hidden = {name for name in trials if f"{name}/evaluation.json" not in contents.files}
+    models = [work.path.name for work in works if work.kind == "model"]
+    hidden |= {f"comparisons/{model}-train" for model in models}
     return sorted((row for row in rows if row.folder not in hidden), key=lambda row: -row.changed)
 
 
@@ -73,6 +76,13 @@ def _describe(row: Listed, work: StoredWork) -> None:
     if work.kind == "coreset":
         subset = work.results("subset.json")
         row.method, row.budget, row.stage = subset.get("method", ""), len(subset.get("records", ())), "finished"
+    elif work.kind == "model":
+        model = work.results("model.json")
+        trained_on, scores = model.get("trained_on", {}), model.get("scores", {})
+        row.method, row.budget = trained_on.get("method", trained_on.get("kind", "")), trained_on.get("pairs")
+        row.val, row.stage = scores.get("val", {}).get("R@mean"), "finished"
+    elif work.kind == "training":
+        row.method, row.budget, row.stage = work.run.distill.method_name, work.run.distill.budget, "started"
     elif work.kind == "comparison":
         rows = work.results("results.json").get("rows")
         row.method, row.stage = work.results("comparison.json").get("verb", ""), "finished" if rows else "started"

@@ -1,4 +1,4 @@
-"""The runs, sweeps, searches, comparisons, transfers and coresets of a storage, and what each of them needs.
+"""The runs, sweeps, searches, comparisons, coresets and models of a storage, and what each of them needs.
 
 What is needed follows from the run files by the functions that name the folders of results. A folder is needed if its
 owner could not be verified, or would compute something again when it is resumed, without that folder.
@@ -16,7 +16,7 @@ import yaml
 from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.comparisons import transfer
-from rmdd.core.files import read_json
+from rmdd.core.files import is_temporary, read_json
 from rmdd.inventory.contents import Contents
 from rmdd.runs.needs import needs_of_probes, needs_of_run, paths_in
 from rmdd.runs.paths import dataset_folder
@@ -29,13 +29,15 @@ KINDS = {
     "search": ("searches/*/search.json",),
     "comparison": ("comparisons/*/comparison.json",),
     "coreset": ("coresets/*/subset.json",),
+    "model": ("models/*/model.json",),
+    "training": ("comparisons/*-train/protocol/run.yaml",),
 }
 """Patterns of the files by which the folders of each kind are recognised."""
 
 
 @dataclass
 class StoredWork:
-    """A run, sweep, search, comparison (or transfer) or coreset in a storage."""
+    """A run, sweep, search, comparison (or transfer), coreset, model, or training of a model on real pairs."""
 
     contents: Contents
     kind: str
@@ -46,11 +48,16 @@ class StoredWork:
     def path(self) -> Path:
         return self.contents.root / self.folder
 
+    @property
+    def results_path(self) -> Path:
+        """The folder with the run file and the results of the run."""
+        return self.path / "protocol" if self.kind == "training" else self.path
+
     @cached_property
     def run(self) -> config.Run:
         """The run, or the run with the data and the protocol of a search or comparison. Raises one of `ERRORS`."""
-        if self.kind == "run":
-            return self.load(yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8")))
+        if self.kind in ("run", "training"):
+            return self.load(yaml.safe_load((self.results_path / "run.yaml").read_text(encoding="utf-8")))
         return self.load(read_json(self.path / f"{self.kind}.json")["run"])
 
     def load(self, raw: Mapping[str, Any]) -> config.Run:
@@ -81,8 +88,8 @@ class StoredWork:
 
         Each is relative to the storage, and may be missing.
         """
-        needed = {p for p in self._needed() if self.contents.holds(p)}
-        return {self.contents.name(p) for p in needed}
+        names = map(self.contents.name_in, self._needed())
+        return {name for name in names if name is not None}
 
     def _needed(self) -> Iterator[Path]:
         root = self.contents.root
@@ -92,11 +99,11 @@ class StoredWork:
             yield from _of_comparison(self)
         elif self.kind == "run" and not (self.path / "run.yaml").is_file():
             yield from needs_of_probes(self.path)  # the probes of a set without its run
-        elif self.kind != "sweep":
-            folder = self.path if self.kind == "run" else root / self.run.folder_name
-            yield from needs_of_run(self.run, folder)
+        elif self.kind in ("run", "training"):
+            yield from needs_of_run(self.run, self.results_path)
         if self.kind == "search":
             yield root / self.run.folder_name
+            yield from needs_of_run(self.run, root / self.run.folder_name)
             for address in self.run.search.warm_start:
                 yield from (Path(address).absolute(), root / "searches" / Path(address).name)
         for name, run in self.members.items():
@@ -111,7 +118,8 @@ def works_in(contents: Contents) -> list[StoredWork]:
         for pattern in patterns:
             for file in contents.find(pattern):
                 folder = "/".join(file.split("/")[: 1 if kind == "run" else 2])
-                found[folder] = StoredWork(contents, kind, folder)
+                if not any(map(is_temporary, folder.split("/"))):
+                    found[folder] = StoredWork(contents, kind, folder)
     return list(found.values())
 
 
@@ -129,8 +137,7 @@ def _of_comparison(work: StoredWork) -> Iterator[Path]:
     """Yield the compared sets and coresets, the phases that they were made from, and the baselines of the students."""
     raw, run = read_json(work.path / "comparison.json"), work.run
     root, old = work.contents.root, raw["run"]["runtime"]["storage"].rstrip("/")
-    for word in raw["words"]:
-        address = word.partition("=")[2]
+    for address in filter(None, (word.partition("=")[2] for word in raw["words"])):
         for path in (Path(address), root / address.rpartition(f"{old}/")[2]):  # the storage may have been moved
             yield path
             for folder in (path, path / "set"):

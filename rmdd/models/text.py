@@ -63,12 +63,21 @@ def embed(
     key, count = _key(captions, tower, encoder_identity(tower))
     if not count:
         raise ValueError("there are no captions to embed; check the dataset and data.captions in the run file")
-    path = Path(cache) / f"text-{key}.npy"
+    path = _file(cache, key)
     if not path.exists():
         with hold_folder(path.with_suffix(""), wait=True):
             if not path.exists():
                 _embed_blocks(captions, count, path, functools.partial(Encoder, tower, batch, device, threads), stream)
     return np.load(path, mmap_mode="r")
+
+
+def embedding_file(captions: Iterable[str], tower: TextTower, cache: Path) -> Path:
+    """Return the file in the folder `cache` to which `embed` writes the embeddings of captions."""
+    return _file(cache, _key(captions, tower, encoder_identity(tower))[0])
+
+
+def _file(cache: Path, key: str) -> Path:
+    return Path(cache) / f"text-{key}.npy"
 
 
 def _embed_blocks(

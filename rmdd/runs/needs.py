@@ -43,14 +43,17 @@ def needs_of_run(run: config.Run, folder: Path) -> Iterator[Path]:
     """
     root = root_of(run.runtime)
     yield dataset_folder(run)
+    if (folder / "data.json").is_file():  # `data.root` may be relative to the folder in which the run was started
+        yield Path(read_json(folder / "data.json")["path"])
     yield from (probe_dataset(run.data, probe, root) for probe in run.evaluate.probes.values())
     yield from needs_of_probes(folder)
     if (folder / "set" / DESCRIPTION).is_file():
         made_from = read_json(folder / "set" / DESCRIPTION)["provenance"]
         yield from (root / kind / made_from[kind] for kind in ("experts", "phases"))
-    dataset, paths = dataset_of(run, folder), paths_in(run, folder)
-    if dataset is None or paths is None:
+    dataset = dataset_of(run, folder)
+    if dataset is None:
         return
+    paths = paths_of(planned(run, folder), dataset)
     yield from (paths.store, paths.phases, paths.baseline)
     if (folder / PLAN).is_file():
         yield from (paths.phases.with_name(d["folder"]) for d in read_json(folder / PLAN).get("decisions", []))

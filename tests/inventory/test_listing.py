@@ -21,7 +21,7 @@ def rows_of(address):
 
 
 def rmdd(*words):
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
+    return CliRunner().invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,8 @@ def test_every_kind_of_work_has_a_row_with_its_stage(rows):
         "comparisons/swept": ("comparison", "finished"),
         "comparisons/swept-transfer": ("comparison", "finished"),
         "coresets/ingested-random": ("coreset", "finished"),
+        "models/swept-set": ("model", "finished"),
+        "models/swept-random": ("model", "finished"),
     }
     assert not any(row.problem or row.running for row in rows.values())
 
