@@ -11,7 +11,7 @@ MOVES = {
         distill.phases
     """,
     "baseline phases run store": """
-        data.eval_limit data.image_size data.normalise data.captions.lowercase data.captions.strip_punctuation
+        data.train_limit data.eval_limit data.image_size data.normalise data.captions.lowercase data.captions.strip_punctuation
         data.captions.max_words model.image.name model.image.weights model.image.trainable model.image.widths
         model.image.groups model.image.projection model.text.name model.text.pooling model.text.max_tokens
         model.text.normalise model.text.width model.text.projection model.width model.dropout model.temperature

@@ -204,6 +204,11 @@ class Data(Section):
         json_schema_extra=hash_only("run", "ingest"),
     )
     splits: Splits = Field(Splits(), json_schema_extra=hash_only("run", "ingest"))
+    train_limit: PositiveInt | None = Field(
+        None,
+        description="use only the first N pairs of train, so that a first run on large data ends soon; null: all pairs",
+        json_schema_extra=hash_only("run", "view"),
+    )
     eval_limit: PositiveInt | None = Field(
         None,
         description="use only the first N pairs of val and of test (N is often 10000 for CC3M); null: all pairs",
@@ -244,6 +249,10 @@ class Data(Section):
     )
     captions: Captions = Field(Captions(), json_schema_extra=hash_only("run", "view", "features"))
 
+    def limit_of(self, split: str) -> int | None:
+        """Return the number of pairs of a split that are used; None: all."""
+        return self.train_limit if split == "train" else self.eval_limit
+
     def clashes(self) -> list[Clash]:
         source, mistakes = self.source, []
         if source != "dataset" and (mistake := sources.mistake(source)):
@@ -281,15 +290,15 @@ class Data(Section):
         return mistakes
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
-        """Leave out default splits and unused new sources of all hashes, and more of the hash of a dataset.
+        """Leave out default values of new fields and unused new sources of all hashes, and more of a dataset's.
 
-        New sources are those added after version 0.1. A dataset is the same for all values of the fields of unused
+        New ones are those added after version 0.1. A dataset is the same for all values of the fields of unused
         sources and, without `reencode`, of the fields about decoding.
         """
         unused = tuple(name for name in ("imagefolder", "huggingface") if name != self.source)
         unused += ("splits",) if self.splits == Splits() else ()
         if purpose != "ingest":
-            return unused
+            return (*unused, *(("train_limit",) if self.train_limit is None else ()))
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations", "splits")]
         return (*unused, *others, *(() if self.reencode else ("background", "exif_orientation")))
 

@@ -22,7 +22,7 @@ class SplitCaptions:
     data: Data
 
     def __iter__(self) -> Iterator[str]:
-        pairs_left = self.data.eval_limit if self.split != "train" else None
+        pairs_left = self.data.limit_of(self.split)
         for (raw,) in self.dataset.columns(self.split, "captions"):
             if pairs_left == 0:
                 return

@@ -381,12 +381,10 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
 
 
 def limited(counts: Counts, data: config.Data) -> Counts:
-    """Return `counts` with at most `data.eval_limit` images in val and in test, and captions in proportion."""
-    if data.eval_limit is None:
-        return counts
+    """Return `counts` with at most as many images as `data` allows in each split, and captions in proportion."""
 
     def cut(split: str, images: int, captions: int) -> tuple[int, int]:
-        limit = images if split == "train" else min(images, data.eval_limit or images)
+        limit = min(images, data.limit_of(split) or images)
         return limit, captions * limit // images if images else 0
 
     return {split: cut(split, *both) for split, both in counts.items()}

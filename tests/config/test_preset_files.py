@@ -33,6 +33,7 @@ ADDED = {
     "data.huggingface": config.HuggingFace().model_dump(mode="json"),
     "data.imagefolder": config.ImageFolder().model_dump(mode="json"),
     "data.splits": config.Splits().model_dump(mode="json"),
+    "data.train_limit": None,
     "distill.path_start": "theta_0",
     "distill.path_lag": None,
     "distill.path_epochs": None,

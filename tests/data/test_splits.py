@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from rmdd.config import NO_AUGMENT, Augment, Captions, Data, Experts, Model, Run, Scenes, TextTower
-from rmdd.data.captions import clean
+from rmdd.data.captions import SplitCaptions, clean
 from rmdd.data.images import squash
 from rmdd.data.ingest import ingest
 from rmdd.data.splits import load_split, read_rows
@@ -113,6 +113,18 @@ def test_eval_limit_applies_to_val_and_test_only(scenes, tmp_path):
     assert sizes == {"train": 70, "val": 4, "test": 4}
     split = load_split(dataset, "val", limited, tmp_path / "cache")
     assert split.captions == load_split(dataset, "val", data, tmp_path / "cache").captions[:20]
+
+
+def test_train_limit_applies_to_train_only_and_leaves_hashes_alone_at_its_default(scenes, tmp_path):
+    dataset, data = scenes
+    limited = data.model_copy(update={"train_limit": 6})
+    sizes = {s: len(load_split(dataset, s, limited, tmp_path / "cache")) for s in ("train", "val", "test")}
+    assert sizes == {"train": 6, "val": 6, "test": 5}
+    first = load_split(dataset, "train", limited, tmp_path / "cache")
+    assert first.captions == load_split(dataset, "train", data, tmp_path / "cache").captions[:30]
+    assert list(SplitCaptions(dataset, "train", limited)) == first.captions
+    assert "train_limit" not in data.not_hashed("ingest") and "train_limit" in data.not_hashed("view")
+    assert "train_limit" not in limited.not_hashed("view")
 
 
 def test_captions_that_the_rule_empties_are_counted(root, draw, put, tmp_path):
