@@ -11,15 +11,15 @@ MOVES = {
         distill.phases
     """,
     "baseline phases run store": """
-        data.train_limit data.eval_limit data.image_size data.normalise data.captions.lowercase data.captions.strip_punctuation
-        data.captions.max_words model.image.name model.image.weights model.image.trainable model.image.widths
-        model.image.groups model.image.projection model.text.name model.text.pooling model.text.max_tokens
-        model.text.normalise model.text.width model.text.projection model.width model.dropout model.temperature
-        experts.epochs experts.batch experts.lr_image experts.lr_text experts.momentum experts.weight_decay
-        experts.augment.crop experts.augment.crop_scale experts.augment.crop_ratio experts.augment.flip
-        experts.augment.randaugment_ops experts.augment.randaugment_magnitude
-        experts.augment.randaugment_probability experts.shuffle.kind experts.worker_group.workers experts.keep
-        experts.dtype experts.forgetting experts.seed
+        data.train_limit data.eval_limit data.image_size data.normalise data.captions.lowercase
+        data.captions.strip_punctuation data.captions.max_words model.image.name model.image.weights
+        model.image.trainable model.image.widths model.image.groups model.image.projection model.text.name
+        model.text.pooling model.text.max_tokens model.text.normalise model.text.width model.text.projection
+        model.width model.dropout model.temperature experts.epochs experts.batch experts.lr_image experts.lr_text
+        experts.momentum experts.weight_decay experts.augment.crop experts.augment.crop_scale
+        experts.augment.crop_ratio experts.augment.flip experts.augment.randaugment_ops
+        experts.augment.randaugment_magnitude experts.augment.randaugment_probability experts.shuffle.kind
+        experts.worker_group.workers experts.keep experts.dtype experts.forgetting experts.seed
     """,
     "baseline phases store": """
         runtime.gpus_per_worker

@@ -1,4 +1,4 @@
-"""Commands that change no run: `rmdd init`, `check`, `schema`, `verify`, `methods`, `version`."""
+"""Commands that change no run: `rmdd check`, `schema`, `verify`, `methods`, `version`."""
 
 import json
 from pathlib import Path
@@ -10,19 +10,8 @@ from rmdd import config
 from rmdd.cli import console
 from rmdd.cli.command import Output, Sets, Source, command
 from rmdd.cli.loading import load
-from rmdd.config.template import template
 from rmdd.core.files import atomic_path
 from rmdd.core.version import VERSION
-
-
-@command(options=())
-def init(file: Annotated[Path, typer.Argument(help="Path of the run file (YAML) to write.")]) -> Output:
-    """Write a run file that lists every field with its default and its meaning."""
-    if file.exists():
-        raise config.ConfigError(["this file exists already and was not changed; give another file name"], str(file))
-    with atomic_path(file) as temporary:
-        temporary.write_text(template(str(file)), encoding="utf-8")
-    return Output(lines=[f"wrote {file}"])
 
 
 @command(options=("json", "debug"))

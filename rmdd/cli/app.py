@@ -18,7 +18,7 @@ from rmdd.core.version import VERSION
 
 ENTRY_POINTS = "rmdd.commands"
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 mistakes in run file or options, 130 stopped (prints how to resume)."
-FIRST = ("steps", "about", "presets", "searches")
+FIRST = ("steps", "init", "about", "presets", "searches")
 """Files of this folder whose commands are listed first in the help; the others follow in alphabetical order."""
 
 

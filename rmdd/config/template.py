@@ -1,6 +1,7 @@
-"""The run file that `rmdd init` writes: all fields with their defaults and descriptions."""
+"""The run file that `rmdd init` writes: the values that are set, then all other fields as comments."""
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -8,36 +9,52 @@ from pydantic.fields import FieldInfo
 
 from rmdd import config
 
-HEAD = """# A run file of rmdd with all fields and their defaults. Delete the lines that you do not change.
-# Check it with `rmdd check {name}`, and run it with `rmdd run {name}`.
-# Fields that are missing here get their defaults, or with `extends: NAME` the values of that preset or YAML file.
-"""
+REST = """
+# All other fields follow, with the values that they have now and their meaning. To set a field, delete the # at the
+# beginning of its line and change the value. A name such as distill.batch stands for the field batch in the section
+# distill; it can also be written there."""
 
 
-def template(name: str) -> str:
-    """Return a run file, as YAML, with all defaults. The comments in it call the file `name`."""
-    return HEAD.format(name=name) + "\n".join(_section(config.Run(), 0)) + "\n"
+def template(values: Mapping[str, Any], reasons: Mapping[str, str], head: list[str]) -> str:
+    """Return a run file, as YAML, that sets `values` and lists all other fields as comments.
+
+    `reasons` are comments on fields by their dotted names. `head` are the lines of the comment at the top.
+    """
+    stated = _stated(values, reasons, "", 0)
+    rest = _rest(config.load(values), values, "")
+    return "\n".join([*(f"# {line}".rstrip() for line in head), *stated, REST, *rest]) + "\n"
 
 
-def _section(section: config.Section, depth: int) -> list[str]:
-    pad = "  " * depth
-    lines = []
-    for key, field in type(section).model_fields.items():
-        value = getattr(section, key)
-        if isinstance(value, config.Section):
-            lines += [""] if depth == 0 else []
-            lines += [f"{pad}# {line}" for line in _meaning(value)]
-            lines += [f"{pad}{key}:", *_section(value, depth + 1)]
-        elif isinstance(value, tuple) and value and isinstance(value[0], config.Section):
-            lines += [f"{pad}# {line}" for line in _meaning(value[0])]
-            fields = type(value[0]).model_fields.items()
-            lines += [f"{pad}# {name}: {about}" for name, f in fields if (about := _about(f))]
-            lines += [f"{pad}{key}:"] + [f"{pad}  - {_inline(entry.model_dump(mode='json'))}" for entry in value]
+def _stated(values: Mapping[str, Any], reasons: Mapping[str, str], prefix: str, depth: int) -> Iterator[str]:
+    for key, value in values.items():
+        name, pad = f"{prefix}{key}", "  " * depth
+        note = f" # {reasons[name]}" if name in reasons else ""
+        if isinstance(value, Mapping) and depth == 0:
+            yield ""
+            yield f"{pad}{key}:{note}"
+            yield from _stated(value, reasons, f"{name}.", depth + 1)
         else:
+            yield f"{pad}{key}: {_inline(value)}{note}"
+
+
+def _rest(section: config.Section, values: Any, prefix: str) -> Iterator[str]:
+    """Yield the lines of those fields of `section` that `values` does not set."""
+    for key, field in type(section).model_fields.items():
+        value, name = getattr(section, key), f"{prefix}{key}"
+        has = isinstance(values, Mapping) and key in values
+        if isinstance(value, config.Section) and (not has or isinstance(values[key], Mapping)):
+            yield ""
+            yield from (f"# {line}" for line in _meaning(value))
+            yield from _rest(value, values[key] if has else None, f"{name}.")
+        elif not has:
+            if isinstance(value, tuple) and value and isinstance(value[0], config.Section):
+                yield ""
+                yield from (f"# {line}" for line in _meaning(value[0]))
+                fields = type(value[0]).model_fields.items()
+                yield from (f"# {inner}: {about}" for inner, f in fields if (about := _about(f)))
             about = _about(field)
             shown = _inline(section.model_dump(mode="json")[key])
-            lines.append(f"{pad}{key}: {shown}" + (f" # {about}" if about else ""))
-    return lines
+            yield f"#{name}: {shown}" + (f" # {about}" if about else "")
 
 
 def _meaning(section: config.Section) -> list[str]:

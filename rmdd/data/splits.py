@@ -130,8 +130,9 @@ class Split:
 def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> Split:
     """Load the cleaned captions of a split; its images are decoded at the first access and kept in the folder `cache`.
 
-    `data.train_limit` and `data.eval_limit` limit a split to its first pairs. Pairs without a caption after cleaning are dropped from
-    every split and counted in `Split.dropped`. Several processes may call this function at the same time.
+    `data.train_limit` and `data.eval_limit` limit a split to its first pairs. Pairs without a caption after cleaning
+    are dropped from every split and counted in `Split.dropped`. Several processes may call this function at the same
+    time.
     """
     limit = data.limit_of(split)
     rows: list[int] = []

@@ -124,7 +124,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
             "phases": estimate.phases_bytes(run, width, size),
         },
         "memory": _memory(run, counts, size, work, width),
-        "time": _time(run, estimate.operations(run, counts, work)),
+        "time": time_of(run, estimate.operations(run, counts, work)),
         "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
@@ -268,7 +268,8 @@ def _parallel_workers(run: config.Run) -> int:
     return draws if draws > 1 else len(run.distill.phases)
 
 
-def _time(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
+def time_of(run: config.Run, operations: dict[str, int]) -> dict[str, Any]:
+    """Return an estimate of the seconds of each step with this many FLOPs, and the throughput that it assumes."""
     runtime = run.runtime
     if runtime.gpus_per_worker > 0:
         throughput, workers = estimate.GPU_FLOPS, 1

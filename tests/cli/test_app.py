@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 import rmdd.pipeline
 from rmdd import config
 from rmdd.cli import app as cli
-from rmdd.config.template import template
 from rmdd.core.failures import MustChange
 from rmdd.core.layout import require_layout
 from rmdd.core.storage import open_storage
@@ -111,22 +110,6 @@ def test_help_imports_only_what_it_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     helped, _, packages = done.stdout.partition("PACKAGES")
     assert {*packages.split()} <= {"rmdd", *LIGHT.split()} and "resume" in helped
-
-
-def test_init_writes_the_defaults_and_overwrites_nothing(workdir):
-    assert rmdd_("init", "my.yaml").exit_code == 0
-    assert config.load("my.yaml") == config.Run()
-    (workdir / "my.yaml").write_text("name: mine")
-    again = rmdd_("init", "my.yaml")
-    assert again.exit_code == 2 and "exists already" in again.stderr
-    assert (workdir / "my.yaml").read_text() == "name: mine"
-
-
-def test_the_template_has_every_key():
-    def keys(value: Any) -> Any:
-        return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
-
-    assert keys(yaml.safe_load(template("a.yaml"))) == keys(config.Run().model_dump(mode="json"))
 
 
 def test_all_mistakes_are_reported_together(workdir):
