@@ -304,7 +304,7 @@ def test_the_command_line(storage, run, tmp_path):
     subset = Coreset.load(message["subset"])
     assert len(subset) == 6 and subset.options["start"] == "mean" and message["facts"]["radius"] > 0
     assert message["subset"].startswith(f"{storage}/coresets/tiny-k_center-")
-    assert {p.name for p in (storage / "coresets").glob("*/*")} == {"subset.json", "preview.png"}
+    assert {p.name for p in (storage / "coresets").glob("[!.]*/*")} == {"subset.json", "preview.png"}
     assert "pairs of 30 images" in words("--pairs", "3", "--method", "random").stdout
     small = distilled_set().save(tmp_path / "set")
     done = words("--method", "random", "--like", str(small), "--json")
