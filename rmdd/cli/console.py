@@ -123,7 +123,8 @@ def _spread(value: Mapping[str, Any]) -> str:
 
 def plan(facts: Mapping[str, Any]) -> RenderableType:
     """Return what `rmdd check` prints; `facts` is the result of `rmdd.runs.preflight.examine`."""
-    return Group(_facts(facts), _phases(facts), _costs(facts), *(Text(f"note: {r}") for r in facts["remarks"]))
+    tables = (_facts(facts), *_overridden(facts["recipe"]), _phases(facts), _costs(facts))
+    return Group(*tables, *(Text(f"note: {r}") for r in facts["remarks"]))
 
 
 def _facts(facts: Mapping[str, Any]) -> Table:
@@ -138,6 +139,8 @@ def _facts(facts: Mapping[str, Any]) -> Table:
         f"double backward {model['double_backward']}",
         "experts": f"{experts['num']} in total, {experts['complete']} trained; epochs kept {experts['epochs_kept']}; "
         f"store {experts['store'] or 'named after the ingest'}",
+        "method": _recipe(facts["recipe"]),
+        "rates": ", ".join(f"{name} {rate:g}" for name, rate in facts["recipe"]["rates"].items() if rate is not None),
         "budget": f"{pay['used']:.2f} of {pay['pairs']} pairs ({pay['numbers']:,} of {pay['limit']:,} stored numbers)",
         "GPUs": "none requested"
         if not gpus["each"]
@@ -157,6 +160,35 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     for name, text in rows.items():
         grid.add_row(name, text)
     return grid
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    """Return the method of a run and its settings in a line."""
+    similarity, shown = dict(recipe["similarity"]), [recipe["method"]]
+    size = f" (rank {similarity['rank']}, alpha {similarity['alpha']:g})" if "rank" in similarity else ""
+    shown += [f"{name} {recipe[name]}" for name in ("trajectory", "estimator", "loss") if name in recipe]
+    shown += [f"similarity {similarity['kind']}{size}"]
+    return "; ".join(shown + [f"{name} {recipe[name]}" for name in ("ema", "optimiser") if name in recipe])
+
+
+def _overridden(recipe: Mapping[str, Any]) -> list[Table]:
+    """Return a table of the method's own values that the run does not use; none if it uses all of them."""
+    if not recipe["overridden"]:
+        return []
+    table = Table(title=f"Values of {recipe['method']} that are replaced")
+    for column in ("field", recipe["method"], "used", "by"):
+        table.add_column(column)
+    for row in recipe["overridden"]:
+        table.add_row(row["field"], *(_value(row[key]) for key in ("own", "used")), row["by"] or "")
+    return [table]
+
+
+def _value(value: Any) -> str:
+    """Return a value of a run file as text; of phases, only the numbers of pairs and updates."""
+    phases = isinstance(value, list) and value and isinstance(value[0], Mapping)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " + ".join(f"{p['pairs']} pairs, {p['iterations']} updates" for p in value) if phases else str(value)
 
 
 def _phases(facts: Mapping[str, Any]) -> Table:

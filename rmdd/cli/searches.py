@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rmdd import config
-from rmdd.cli.command import SOURCE, Call, Folder, Output, Sets, Source, command, failure
+from rmdd.cli.command import SOURCE, Call, Folder, Output, Sets, command, failure, presets_from
 from rmdd.cli.compare import run_comparison
 from rmdd.cli.console import search_table, sweep_table
 from rmdd.cli.loading import load, load_folder
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Over = Annotated[
     list[str] | None, typer.Option("--over", metavar="A.B=C,D", help="A field and the values to try; repeatable.")
 ]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG...", help="Presets' names or YAML files to run.", autocompletion=presets_from),
+]
 Settings = Annotated[
     Path | None, typer.Option("--settings", metavar="YAML", help="File with a list; each entry maps fields to values.")
 ]
@@ -28,16 +32,17 @@ SearchFolder = Annotated[
 
 
 @command
-def sweep(call: Call, source: Source, over: Over = None, settings: Settings = None, set_: Sets = None) -> Output:
-    """Run many seeds, methods or settings in parallel; work that runs share, such as training experts, is done once."""
-    from rmdd.searches.sweeps import members, read_over, read_settings
+def sweep(call: Call, source: Sources, over: Over = None, settings: Settings = None, set_: Sets = None) -> Output:
+    """Run many seeds, presets or settings in parallel; work that runs share, such as training experts, is done once."""
+    from rmdd.searches.sweeps import members_of_files, read_over, read_settings
 
     listed = read_settings(settings) if settings else []
-    return run_sweep(call, members(lambda more: load(source, [*(set_ or []), *more]), read_over(over or []), listed))
+    return run_sweep(call, members_of_files(source, load, set_ or [], read_over(over or []), listed))
 
 
 def run_sweep(call: Call, members: "list[Member]") -> Output:
     """Start or resume a sweep; return the table of its runs and the path or URI of its folder."""
+    from rmdd.runs.recipe import remarks_of
     from rmdd.searches.sweeps import run_all, sweep_folder
 
     if mistakes := [f"{m.label}: {mistake}" for m in members for mistake in call.mistakes(m.run)]:
@@ -45,6 +50,8 @@ def run_sweep(call: Call, members: "list[Member]") -> Output:
     folder = sweep_folder(members)
     address = address_of(members[0].run.runtime, folder)
     with call.working(folder, address) as progress:
+        for remark in dict.fromkeys(remark for m in members for remark in remarks_of(m.run)):
+            progress.say(f"note: {remark}")
         result = run_all(members, progress)
     lines = [sweep_table(result.runs, result.groups), f"sweep: {address} (results.json, runs.csv)"]
     reasons = [(row["settings"], row["error"]) for row in result.failed]
@@ -78,7 +85,7 @@ def _base_run(source: str | None, sets: list[str], folder: str | None) -> config
         raise config.ConfigError(
             ["no search.json in this folder; give a folder such as runs/searches/demo-0123abcd"], folder
         )
-    changed = config.load(base.model_dump(mode="json"), sets)
+    changed = config.load(base.plain(), sets)
     if search_folder(changed).name != search_folder(base).name:
         wrong = (
             "--set would make this another search; with --resume it may change only search.trials, search.concurrency, "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from rmdd.config import recipes
 from rmdd.config.data import Annotations as Annotations
@@ -43,7 +44,16 @@ from rmdd.config.model import Shuffle as Shuffle
 from rmdd.config.model import TextTower as TextTower
 from rmdd.config.model import WorkerGroup as WorkerGroup
 from rmdd.config.plan import Plan as Plan
-from rmdd.config.presets import extended
+from rmdd.config.precedence import (
+    SHAPING,
+    Origins,
+    combined,
+    overridden,
+    phases_of_budget,
+    value_of,
+    with_overrides,
+)
+from rmdd.config.presets import files_of
 from rmdd.config.presets import preset_names as preset_names
 from rmdd.config.presets import read as read
 from rmdd.config.probes import ClassData as ClassData
@@ -83,6 +93,35 @@ class Run(Section):
         return f"Run({self.folder_name}: method {self.distill.method}, source {self.data.source}, seed {self.seed})"
 
     __str__ = __repr__
+
+    _origins: Origins | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all fields are equal, wherever their values come from."""
+        return isinstance(other, Run) and self.model_dump() == other.model_dump()
+
+    __hash__ = Section.__hash__
+
+    @property
+    def origins(self) -> Origins | None:
+        """Where the values come from; None for a run that was not loaded by `load`."""
+        return self._origins
+
+    def plain(self) -> dict[str, Any]:
+        """Return all fields as JSON values; loading them gives the same run.
+
+        The key `for_any_method` has the values that hold if the method is changed later. It is missing if it is unknown
+        where the values come from.
+        """
+        fields = self.model_dump(mode="json")
+        if self._origins is None:
+            return fields
+        values = self._origins.for_any_method
+        return fields | {"for_any_method": {section: values[section] for section in SHAPING if section in values}}
+
+    def overridden(self) -> list[dict[str, Any]]:
+        """Return the own values of the method that the run does not use (see `rmdd.config.precedence`)."""
+        return overridden(recipes.find(self.distill.method), self.model_dump(mode="json"), self._origins)
 
     def clashes(self) -> list[Clash]:
         mistakes = view_clashes(self.evaluate.probes, self.data)
@@ -223,8 +262,9 @@ Source = str | Path | Mapping[str, Any] | Run
 def load(source: Source, overrides: Iterable[str] = ()) -> Run:
     """Load a run from a preset name, a YAML file, a mapping or a run; apply overrides such as `a.b=c`, and check it.
 
-    Fields missing from the run file get the values of the file that it `extends`, then the defaults of its
-    `distill.method`, then the general defaults. An override of `distill.method` also sets the defaults of that method.
+    What a file of yours, a mapping or an override states itself holds over the method. What they inherit from a preset
+    of another method does not: `distill.method` brings its own values instead. Other missing fields get the values of
+    the file that a file `extends`, then the defaults of the method, then the general defaults.
 
     >>> rmdd.load_config("demo", ["distill.seed=1"])  # doctest: +SKIP
 
@@ -234,20 +274,19 @@ def load(source: Source, overrides: Iterable[str] = ()) -> Run:
     if isinstance(source, Run):
         if not overrides:
             return source
-        source = source.model_dump(mode="json")
-    if isinstance(source, Mapping):
-        where, raw = "run", extended(copy.deepcopy(dict(source)), Path(), "run")
-    else:
-        where, raw = str(source), read(source)
+        source = source.plain()
+    where, files = "run" if isinstance(source, Mapping) else str(source), files_of(source)
     mistakes: list[str] = []
-    method, unknown = _method_of(raw, overrides)
-    method_defaults = {} if method is None else method.defaults
-    if method is not None and method is not _method_of(raw, [])[0]:
-        # The new method's defaults replace the values in the file; values of options that both methods have are kept.
-        raw = filled(method.defaults, _with_options_of(method, raw))
+    method, unknown = _method_of(combined(files, None)[0], overrides)
+    raw, origins = combined(files, method)
+    method_defaults = {} if method is None else dict(method.defaults)
+    if method is not None and "distill.phases" in origins.gave_way and (phases := _scaled(method, raw, overrides)):
+        method_defaults = filled({"distill": {"phases": phases}}, method_defaults)
+        origins = replace(origins, names={"distill.phases": "distill.budget", **origins.names})
     defaults = filled(method_defaults, Run().model_dump(mode="json"))
     for override in overrides:
         apply(raw, override, defaults, mistakes)
+    origins = with_overrides(origins, overrides, raw)
     if any(o.startswith("distill.phases=") for o in overrides):
         _drop_plan_kind(raw.get("distill"))
     run, invalid = validate(Run, _keep_possible_endpoints(filled(raw, method_defaults)))
@@ -256,7 +295,18 @@ def load(source: Source, overrides: Iterable[str] = ()) -> Run:
         mistakes += method.mistakes(run)
     if run is None or mistakes:
         raise ConfigError(mistakes, where)
-    return _resolved(run)
+    run = _resolved(run)
+    run._origins = origins
+    return run
+
+
+def _scaled(method: Recipe, raw: Mapping[str, Any], overrides: Iterable[str]) -> list[dict[str, Any]] | None:
+    """Return the default phases of a method, scaled to the budget of the run; None if the budget is the usual one."""
+    draft = copy.deepcopy(dict(raw))
+    for override in overrides:
+        if override.startswith("distill.budget="):
+            apply(draft, override, {}, [])
+    return phases_of_budget(method, value_of(draft, "distill.budget"))
 
 
 def _resolved(run: Run) -> Run:
@@ -264,16 +314,6 @@ def _resolved(run: Run) -> Run:
     options = run.distill.options_as(recipes.find(run.distill.method).Options)
     values = {} if options is None else options.model_dump(mode="json")
     return run.model_copy(update={"distill": run.distill.model_copy(update={"options": values})})
-
-
-def _with_options_of(method: Recipe, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `raw` without the entries of `distill.options` that are not options of `method`."""
-    distill = raw.get("distill")
-    options = distill.get("options") if isinstance(distill, dict) else None
-    if not isinstance(distill, dict) or not isinstance(options, dict):
-        return raw
-    shared = {name: value for name, value in options.items() if name in method.Options.model_fields}
-    return {**raw, "distill": {**distill, "options": shared}}
 
 
 def _drop_plan_kind(distill: Any) -> None:
@@ -308,7 +348,7 @@ def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe
     """Return the class of the method that an override or the run file names, or None and an error message."""
     draft = copy.deepcopy(dict(raw))
     for override in overrides:
-        if override.startswith("distill.method="):
+        if override.startswith(("distill.method=", "distill=")):
             apply(draft, override, {}, [])
     section = draft.get("distill")
     name = section.get("method") if isinstance(section, Mapping) else None
@@ -320,7 +360,7 @@ def _method_of(raw: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Recipe
 
 def dump(run: Run) -> str:
     """Return the run as YAML with all its fields; loading this YAML gives the same run."""
-    return as_yaml(run.model_dump(mode="json"))
+    return as_yaml(run.plain())
 
 
 def as_yaml(value: Mapping[str, Any]) -> str:

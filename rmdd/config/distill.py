@@ -108,6 +108,13 @@ WORDS = ("auto", "adaptive")
 OF_CHAIN = ("path_start", "path_lag", "path_epochs", "path_order")
 """Fields of `Distill` that have an effect only if several phases are chained."""
 
+RATES = ("lr_image", "lr_text", "lr_similarity", "lr_lr")
+"""Outer learning rates."""
+
+LARGEST_STEP = 1.0
+"""Largest outer learning rate with `optimiser: normalised`. Normalised pixels have a standard deviation of about 1, so
+an update with a larger step per entry would replace the picture."""
+
 OF_REACH = ("distill.phases.stop", "stop_text", "start_rule", "match_epochs", "options", "plan.kind")
 """Fields on which `Distill.reach` depends. If one is invalid, the last epoch that a phase needs is not checked."""
 
@@ -316,6 +323,17 @@ class Distill(Section):
             if getattr(self, name) is not None and self.path_start == "theta_0" and not self.plans_chain:
                 text = f"distill.{name} needs paths that start at students; set distill.path_start: student"
                 mistakes.append(Clash(text, f"distill.{name}", "distill.path_start"))
+        if self.optimiser == "normalised" and (recipe := self.recipe) is not None:
+            idle = {*recipe.idle_fields(), *(["lr_similarity"] if self.similarity.kind == "identity" else [])}
+            rates = {name: getattr(self, name) for name in RATES if not {name, "optimiser"} & idle}
+            large = {name: f"distill.{name} {rate:g}" for name, rate in rates.items() if rate > LARGEST_STEP}
+            text = (
+                f"distill.optimiser: normalised makes each rate the size of a step per entry, and normalised pixels "
+                f"differ by about 1, so an update with {', '.join(large.values())} would replace every value; set "
+                f"{' and '.join(f'distill.{name}' for name in large)} to 0.001 to 0.1, or set distill.optimiser: sgd, "
+                "for which papers publish rates such as 100"
+            )
+            mistakes += [Clash(text, "distill.method", "optimiser", "similarity.kind", *large)] if large else []
         if self.method_name in ("random", "full"):
             text = (
                 f"distill.method is {self.method}, but '{self.method_name}' is the name of a baseline in all result "

@@ -13,11 +13,14 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rmdd.config.precedence import DEFAULT_METHOD, FileValues, combined, value_of
 from rmdd.config.runfile import ConfigError, filled, nested, parse
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -68,22 +71,33 @@ def read(source: str | Path) -> dict[str, Any]:
 
     Raises `ConfigError` when a file is missing or is not valid YAML.
     """
+    return combined(files_of(source), None)[0]
+
+
+def files_of(source: str | Path | Mapping[str, Any]) -> list[FileValues]:
+    """Return the values of a preset, a YAML file or a mapping, and below them those of the files that it extends.
+
+    Raises `ConfigError` when a file is missing or is not valid YAML.
+    """
+    if isinstance(source, Mapping):
+        return _with_methods(_chain(copy.deepcopy(dict(source)), Path(), "run"))
     name = str(source)
     raw = preset(name)  # a file that has the name of a preset must be given as ./NAME
     if raw is not None:
-        return extended(raw, PRESETS, name, (name,))
+        return _with_methods(_chain(raw, PRESETS, name, (name,)))
     path = Path(source)
     if not path.is_file():
         raise ConfigError(["no such file; " + _choices() if path.suffix else no_preset(name)], name)
-    return extended(_mapping(path, name), path.parent, name, (str(path.resolve()),))
+    return _with_methods(_chain(_mapping(path, name), path.parent, name, (str(path.resolve()),)))
 
 
-def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return `raw`, with missing values filled in from the preset or file that its key `extends` names.
+def _chain(
+    raw: dict[str, Any], folder: Path, where: str, before: tuple[str, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return `raw` and the values of the files that its key `extends` leads to, each with the name of its file.
 
-    `extends` is the name of a preset, or a path relative to `folder`. `chain` lists the presets and files whose
-    `extends` led to `raw`. Lists are not merged. Raises `ConfigError` when there is no such file, or when files extend
-    each other in a circle.
+    `extends` is the name of a preset, or a path relative to `folder`. `before` lists the presets and files whose
+    `extends` led to `raw`. Raises `ConfigError` if there is no such file, or if files extend each other in a circle.
     """
     raw = nested(raw, where)
     name = raw.pop("extends", None)
@@ -91,7 +105,7 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
         advice = "write the values of a single run, or start from a preset with `extends: flickr30k_lors_500`"
         raise ConfigError([f"budgets: only the presets of rmdd have several budgets in a file; {advice}"], where)
     if name is None:
-        return raw
+        return [(where, raw)]
     if not isinstance(name, str):
         raise ConfigError([f"extends: give the name of a preset or the path of a YAML file, found {name!r}"], where)
     base, label, path = preset(name), name, PRESETS / f"{name}.yaml"
@@ -103,10 +117,42 @@ def extended(raw: dict[str, Any], folder: Path, where: str, chain: tuple[str, ..
             missing = f"; there is no file {path}" if path.suffix else ""
             raise ConfigError([f"extends: {no_preset(name)}{missing}"], where)
         base, label = _mapping(path, str(path)), str(path.resolve())
-    if label in chain:
-        circle = " -> ".join(Path(p).name for p in (*chain[chain.index(label) :], label))
+    if label in before:
+        circle = " -> ".join(Path(p).name for p in (*before[before.index(label) :], label))
         raise ConfigError([f"extends: files extend each other in a circle, {circle}; remove one `extends`"], where)
-    return filled(raw, extended(base, path.parent, label, (*chain, label)))
+    return [(where, raw), *_chain(base, path.parent, label, (*before, label))]
+
+
+def _with_methods(chain: Sequence[tuple[str, dict[str, Any]]]) -> list[FileValues]:
+    """Return the values of each file in a chain of `extends`, with its method and whether they were chosen for it.
+
+    Those of a preset and of the files that it extends were chosen for the method of this preset, except those of bases
+    that name no method.
+    """
+    files: list[FileValues] = []
+    named: str | None = None
+    for name, values in reversed(chain):
+        method = value_of(values, "distill.method")
+        named = named if method is None else str(method)
+        neutral = named is None and name.startswith("bases/")
+        whole = values.pop("for_any_method", None)  # only files that `config.dump` wrote have this key
+        tuned = not neutral and (name.startswith("bases/") or find_preset(name) is not None)
+        files = [replace(file, method=named or DEFAULT_METHOD) if tuned and file.tuned else file for file in files]
+        shown = Path(name).name if Path(name).is_absolute() else name
+        if isinstance(whole, Mapping):
+            files = [FileValues(shown, dict(whole), named or DEFAULT_METHOD), *files]
+        files = [FileValues(shown, values, named or DEFAULT_METHOD, tuned or isinstance(whole, Mapping)), *files]
+    return files
+
+
+def counterpart(name: str, method: str, other: str) -> str | None:
+    """Return the preset of the method `other` for the data and budget of `name`, a preset of `method`; None if none."""
+    place = find_preset(name)
+    if place is None:
+        return None
+    path, key = place
+    data, budget = path.stem.removesuffix(f"_{method}"), next((part for part in key.split("_") if part.isdigit()), "")
+    return next((n for n in (f"{data}_{other}_{key}", f"{data}_{other}_{budget}") if find_preset(n)), None)
 
 
 def no_preset(name: str) -> str:

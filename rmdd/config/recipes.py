@@ -81,6 +81,10 @@ class Recipe(Protocol):
         section `distill`."""
         ...
 
+    def idle_fields(self) -> tuple[str, ...]:
+        """Return the names of the fields of `distill` that the method does not read."""
+        ...
+
     def real_starts(self, rule: Any) -> bool:
         """Return whether students may start between two epochs, such as at epoch 1.5."""
         ...

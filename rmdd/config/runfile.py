@@ -161,7 +161,7 @@ def nested(raw: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     return out
 
 
-def filled(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def filled(raw: Mapping[Any, Any], defaults: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return a copy of `raw` with missing keys, at any depth, taken from `defaults`. Lists are not merged."""
     out = copy.deepcopy(dict(raw))
     for key, value in defaults.items():

@@ -30,6 +30,7 @@ from rmdd.models.text import encoder_identity
 from rmdd.runs import cost as estimate
 from rmdd.runs.gate import is_gated
 from rmdd.runs.paths import RunPaths, dataset_folder, is_finished, paths_of
+from rmdd.runs.recipe import recipe_of, remarks_of
 
 EPOCH_FIELDS = ("start", "stop", "start_text", "stop_text", "endpoint")
 """Names of the fields of a phase whose values are epochs of an expert trajectory."""
@@ -76,6 +77,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
     model = _model(run, width)
     tower = run.model.image
     size = estimate.size_of(model, pretrained=tower.weights != "random")
+    loaded = run
     run, planned = _with_phases(run, width)
     foreseen_only = bool(run.distill.plan.plans and not (run_folder(run) / PLAN).is_file())
     work = estimate.work_of(model, run, width)
@@ -94,6 +96,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "run": str(run_folder(run)),
         "hash": run.hash_of(),
         "family": methods.find(run.distill.method).family,
+        "recipe": recipe_of(loaded),
         "data": {"counts": counts, "origin": origin, "ingested": dataset is not None},
         "model": {
             "image": size.image,
@@ -128,7 +131,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "search": search,
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
-        "remarks": [r for r in (remark, planned, *_method_remarks(run), *sentences) if r],
+        "remarks": [r for r in (remark, planned, *remarks_of(loaded), *_method_remarks(run), *sentences) if r],
     }
 
 

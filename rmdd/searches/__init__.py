@@ -120,7 +120,7 @@ def run_search(base: config.Run, progress: Progress | None = None) -> SearchResu
     earlier = earlier_trials(base.search, {section: base.hash_of(section) for section in COMPARED_SECTIONS}, base.name)
     trials = TrialLoader(base)
     with hold_folders(base.runtime), open_backend(base.runtime, folder / "events.jsonl", progress) as backend:
-        write_json(folder / "search.json", {"schema_version": 1, "run": base.model_dump(mode="json")})
+        write_json(folder / "search.json", {"schema_version": 1, "run": base.plain()})
         with hold_folder(folder / "shared", wait=True):
             pipeline = Pipeline(base, backend, progress, splits=SPLITS)
             (pipeline.experts if trials.shared else pipeline.ingest)()

@@ -19,7 +19,7 @@ class TrialLoader:
 
     def __init__(self, base: config.Run, width_of: WidthOf = text_width):
         self.base, self.width_of = base, width_of
-        self.raw = base.model_dump(mode="json")
+        self.raw = base.plain()
         self.shared = shares_experts(base.search.space)
 
     def load(self, values: Mapping[str, Any]) -> config.Run:

@@ -31,6 +31,9 @@ from rmdd.report.sheets import write_csv
 
 SCORES = ("val", "test_last")
 
+Load = Callable[..., config.Run]
+"""Function that loads a run; its last argument is a list of overrides."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -66,7 +69,7 @@ class SweepResult:
 
 
 def members(
-    load: Callable[[list[str]], config.Run],
+    load: Load,
     over: Mapping[str, Sequence[Any]],
     settings: Iterable[Mapping[str, Any]] = (),
 ) -> list[Member]:
@@ -91,6 +94,34 @@ def members(
     if mistakes:
         raise config.ConfigError(mistakes, "sweep")
     return list(by_hash.values())
+
+
+def members_of_files(
+    sources: Sequence[str | Path],
+    load: Load,
+    overrides: Sequence[str],
+    over: Mapping[str, Sequence[Any]],
+    settings: Iterable[Mapping[str, Any]] = (),
+) -> list[Member]:
+    """Return the runs that `members` returns for each run file; `load(source, overrides)` loads one.
+
+    Raises `ConfigError` if a run occurs twice, or if the files have different values in the section `runtime`.
+    """
+    runs: list[Member] = []
+    mistakes: list[str] = []
+    for source in dict.fromkeys(map(str, sources)):
+        of_file = members(lambda chosen, name=source: load(name, [*overrides, *chosen]), over, settings)
+        runs += [replace(m, settings={"config": source, **m.settings}) if len(sources) > 1 else m for m in of_file]
+    first, labels = runs[0], dict[str, str]()
+    for member in runs:
+        if (label := labels.setdefault(member.run.hash_of(), member.label)) != member.label:
+            mistakes.append(f"{member.label} and {label} are the same run; remove one of them")
+        differing = [name for name, value in member.run.runtime if value != getattr(first.run.runtime, name)]
+        if differing:
+            mistakes.append(f"{member.label} and {first.label} differ in runtime.{differing[0]}; set it by --set")
+    if mistakes:
+        raise config.ConfigError(mistakes, "sweep")
+    return runs
 
 
 def read_over(words: Iterable[str]) -> dict[str, list[Any]]:
@@ -145,13 +176,14 @@ def members_in(folder: Path | str) -> list[Member]:
 
 
 def sweep(
-    source: config.Source,
+    source: config.Source | Sequence[str | Path],
     over: Mapping[str, Sequence[Any]],
     overrides: Iterable[str] = (),
     settings: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Run `source` with each mapping in `settings` and each combination of the values in `over`.
+    """Run `source`, or each run file in the list `source`, with each mapping in `settings` and each combination of the
+    values in `over`.
 
     `rmdd.load_config` explains `source` and `overrides`.
 
@@ -160,7 +192,9 @@ def sweep(
     A second call resumes the sweep. A failed run does not stop the others; `SweepResult.failed` lists the failures.
     """
     fixed = list(overrides)
-    return run_all(members(lambda chosen: config.load(source, [*fixed, *chosen]), over, settings), progress)
+    if isinstance(source, str | Path | Mapping | config.Run):
+        return run_all(members(lambda chosen: config.load(source, [*fixed, *chosen]), over, settings), progress)
+    return run_all(members_of_files(source, config.load, fixed, over, list(settings)), progress)
 
 
 def run_all(runs: Sequence[Member], progress: Progress | None = None) -> SweepResult:

@@ -220,6 +220,28 @@ def test_check_writes_nothing_and_counts_pairs_and_cost(workdir):
     assert not list(workdir.iterdir())
 
 
+def test_check_prints_the_recipe_and_the_values_of_the_method_that_files_replace(workdir):
+    (workdir / "mine.yaml").write_text("extends: demo\ndistill: {method: lors, ema: 0.5}\n")
+    words = ("check", "mine.yaml", *sets("distill.lr_text=7"))
+    recipe = json.loads(rmdd_(*words, "--json").stdout)["recipe"]
+    (phase,) = recipe["phases"]
+    assert (recipe["method"], recipe["trajectory"], recipe["estimator"]) == ("lors", "original", "first_order")
+    assert recipe["similarity"] == {"kind": "low_rank", "rank": 10, "alpha": 3.0} and recipe["optimiser"] == "sgd"
+    assert (recipe["loss"], recipe["rates"]["lr_image"], phase["iterations"]) == ("wbce", 100, 3000)
+    rows = [(row["field"], row["own"], row["used"], row["by"]) for row in recipe["overridden"]]
+    assert rows[1:] == [("distill.lr_text", 100, 7, "--set"), ("distill.ema", 0, 0.5, "mine.yaml")]
+    assert "distill.stored_size" in recipe["gave_way"]
+    shown = " ".join(rmdd_(*words).stdout.split())
+    for line in (
+        "lors; trajectory original; estimator first_order; loss wbce; similarity low_rank (rank 10, alpha 3)",
+        "Values of lors that are replaced",
+        "│ distill.ema │ 0 │ 0.5 │ mine.yaml │",
+        "│ distill.phases │ 99 pairs, 3000 updates │ 49 pairs, 3000 updates │ distill.budget │",
+        "note: demo chose these values for ptm_st, so they are not used with lors: distill.batch",
+    ):
+        assert line in shown
+
+
 def test_check_refuses_phases_over_budget_and_unknown_towers(workdir):
     over = rmdd_("check", "demo", *sets(*TINY, "distill.budget=3"))
     assert over.exit_code == 2 and "over by" in over.stderr
@@ -228,7 +250,7 @@ def test_check_refuses_phases_over_budget_and_unknown_towers(workdir):
 
 
 def test_check_includes_the_search_space(workdir):
-    space = "search.space={distill.lr_image: {loguniform: [1, 10]}, experts.lr_image: {choice: [0.1, 0.2]}}"
+    space = "search.space={distill.lr_image: {loguniform: [0.01, 0.1]}, experts.lr_image: {choice: [0.1, 0.2]}}"
     shown = rmdd_("check", "demo", *sets(*TINY, space))
     assert shown.exit_code == 0, shown.stderr
     assert "2 fields, 24 trials, each trial repeats experts and distillation" in shown.stdout

@@ -88,9 +88,11 @@ def test_a_run_file_can_extend_presets_and_files(tmp_path, monkeypatch):
     assert load(yaml.safe_load(config.dump(run))) == run and "extends" not in config.dump(run)
 
 
-def test_values_of_the_extended_file_win_over_the_defaults_of_the_method(tmp_path):
-    run = load({"extends": "coco_lors_500", "data": {"root": "here"}, "distill": {"method": "tesla_vl"}})
-    assert (run.distill.similarity.kind, run.distill.lr_image) == ("low_rank", 5000)
+def test_values_of_an_extended_file_of_the_user_win_over_the_defaults_of_the_method(tmp_path):
+    (tmp_path / "base.yaml").write_text("distill: {method: mct, lr_image: 5000}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ndistill: {method: tesla_vl}\n")
+    rule = load(tmp_path / "mine.yaml").distill
+    assert (rule.similarity.kind, rule.lr_image, rule.trajectory) == ("identity", 5000, "original")
 
 
 def test_a_run_file_may_state_fields_by_their_dotted_names(tmp_path):
@@ -385,6 +387,6 @@ def test_a_run_can_be_a_dict_key():
 def test_overrides_do_not_change_the_defaults_of_a_method():
     before = copy.deepcopy(methods.find("lors").defaults)
     lors = ["distill.method=lors", "distill.path_start=theta_0", "distill.path_lag=null", "distill.path_epochs=null"]
-    run = config.load("demo", [*lors, "distill.phases.0.pairs=17", "distill.similarity.rank=2"])
-    assert run.distill.phases[0].pairs == 17 and run.distill.similarity.rank == 2
+    run = config.load("demo", [*lors, "distill.phases.0.pairs=27", "distill.similarity.rank=2"])
+    assert run.distill.phases[0].pairs == 27 and run.distill.similarity.rank == 2
     assert methods.find("lors").defaults == before

@@ -63,14 +63,16 @@ TINY = [
 ]
 SCENES = "data.scenes={train: 60, val: 10, test: 10, size: 16}"
 HASHING = "model.text={name: hashing, width: 16, projection: linear}"
-MORE = {"search": ["search.trials=2"], "phases": ["distill.budget=12"]}
+MORE = {"search": ["search.trials=2"], "sweep": ["distill.similarity.rank=2"], "phases": ["distill.budget=12"]}
 """`--set` values in addition to `TINY`, by command name."""
 
 
 COMPLETE = {
     "extends": "demo",
     "model": {"image": {"weights": "random:0"}},
+    "experts": {"epochs": 10},
     "distill": {
+        "optimiser": "sgd",
         "phases": [{"pairs": 40, "endpoint": 3}],
         **{"path_start": "theta_0", "path_lag": None, "path_epochs": None},
         **{"init": "real", "stored_size": None, "similarity": {"kind": "full"}, "loss": "wbce"},
