@@ -67,9 +67,8 @@ def guesses(place: Path) -> Iterator[Guess]:
         yield _guess("dataset", place, f"{MANIFEST} says that `rmdd ingest` wrote this folder")
     markers = ("dataset_dict.json", "dataset_info.json", "state.json")
     if marker := next((name for name in markers if (place / name).is_file()), None):
-        yield _guess(
-            "huggingface", place, f"{marker} says that `save_to_disk` of Hugging Face datasets wrote this folder"
-        )
+        remark = f"{marker} says that `save_to_disk` of Hugging Face datasets wrote this folder"
+        yield _guess("huggingface", place, remark, **_columns_of_features(place))
     for name, (source, layout) in RELEASES.items():
         if (place / name).is_file():
             values = {"layout": layout} if layout else {}
@@ -93,6 +92,19 @@ def guesses(place: Path) -> Iterator[Guess]:
             f"{place} has images and no captions; write a table with a row per caption, such as captions.csv with the "
         )
         yield Guess(why_not=text + "columns image and caption")
+
+
+def _columns_of_features(folder: Path) -> dict[str, Any]:
+    """Return the field `huggingface` with the columns of images and captions that a saved dataset declares."""
+    infos = [*folder.glob("dataset_info.json"), *sorted(folder.glob("*/dataset_info.json"))]
+    features = json.loads(read_text(infos[0])).get("features") if infos else None
+    kinds = {name: json.dumps(kind) for name, kind in (features or {}).items()}
+    images = [name for name, kind in kinds.items() if '"_type": "Image"' in kind]
+    captions = [name for name, kind in kinds.items() if '"string"' in kind and name.lower() in CAPTION_COLUMNS]
+    if not images or not captions:
+        return {}
+    best = min(captions, key=lambda name: _rank(name, CAPTION_COLUMNS))
+    return {"huggingface": {"image": images[0], "caption": best}}
 
 
 def _of_files(folder: Path, files: Sequence[Path]) -> Iterator[Guess]:

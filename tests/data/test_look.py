@@ -81,6 +81,12 @@ def build(root, draw, put, tmp_path):
                 chosen = [i for i in range(10) if SPLIT_OF[i] == split]
                 table = [{"jpg": {"bytes": content(i), "path": NAMES[i]}, "n": i, "txt": captions[i]} for i in chosen]
                 pq.write_table(pa.Table.from_pylist(table), root / f"{split}-00000.parquet")
+        elif kind == "saved":
+            datasets = pytest.importorskip("datasets")
+            table = datasets.Dataset.from_dict({"photo": [content(i) for i in range(10)], "text": captions})
+            table = table.cast_column("photo", datasets.Image())
+            table.save_to_disk(root / "saved")
+            return root / "saved"
         elif kind == "dataset":
             put("list.csv", csv(rows("images/")))
             values = {"file": "list.csv", "image": "photo", "caption": "words", "split": "part"}
@@ -102,6 +108,7 @@ KINDS = {
     "lists": ("lists", "named"),
     "tars": ("webdataset", "unnamed"),
     "parquet": ("parquet", "named"),
+    "saved": ("huggingface", "unnamed"),
     "dataset": ("dataset", "named"),
 }
 
