@@ -10,8 +10,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rmdd.config import Data
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-"""Image formats that are decoded, whatever their file extension; EPS is left out because it needs Ghostscript."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Image formats that are decoded, whatever their file extension. EPS is left out because it needs Ghostscript.
+
+MPO files (two images of a camera) are opened as JPEG. A name that Pillow does not know must not stand here, because
+Pillow then stops with a `KeyError` before it tries the formats after it.
+"""
+
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+"""Names by which a HEIC file says what it is, in its first bytes."""
+_ORIENTATION = 0x0112
+"""Number of the EXIF tag that says how to rotate an image; 1 is upright."""
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -29,7 +38,7 @@ class ImageError(ValueError):
 
 
 def decode(
-    data: bytes, *, max_pixels: int, background: tuple[int, int, int], exif_orientation: bool = False
+    data: bytes, *, max_pixels: int, background: tuple[int, int, int], exif_orientation: bool = True
 ) -> Image.Image:
     """Decode an image file to RGB pixels; of an animation, decode the first frame.
 
@@ -55,8 +64,21 @@ def decode(
     except Exception as error:  # PIL raises many exception types for broken files, such as struct.error
         detail = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            detail = f"{len(data)} bytes of unknown image format"
+            if data[4:8] == b"ftyp" and any(name in data[8:64] for name in _HEIC):
+                advice = "HEIC image; Pillow, which rmdd decodes images with, cannot read HEIC: convert it to JPEG"
+                raise ImageError("unsupported", advice) from None
+            detail = f"{len(data)} bytes of unknown image format" + (f" that begin with {data[:12]!r}" if data else "")
         raise ImageError("truncated" if "truncated" in detail.lower() else "undecodable", detail[:200]) from None
+
+
+def is_rotated(image: bytes) -> bool:
+    """Return whether the EXIF data of an image file say that its pixels must be rotated or mirrored."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(image), formats=FORMATS).getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # `decode` has a message for broken files
+        return False
 
 
 def decode_as(image: bytes, data: Data) -> Image.Image:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rmdd.data.decode import FORMATS, is_rotated
 from rmdd.data.images import ImageError, decode, denormalise, normalisation, normalise, squash
 
 WHITE = (255, 255, 255)
@@ -58,13 +59,27 @@ def test_cmyk_and_lossy_formats():
         assert red > 200 and green < 60 and blue < 60, kind
 
 
-def test_exif_orientation_is_ignored_by_default():
+def test_exif_orientation_is_followed_by_default():
     image = Image.new("RGB", (6, 2))
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(image, "JPEG", exif=exif)
-    assert opened(data).size == (6, 2)
-    assert opened(data, exif_orientation=True).size == (2, 6)
+    assert opened(data).size == (2, 6) and is_rotated(data)
+    assert opened(data, exif_orientation=False).size == (6, 2)
+    assert not is_rotated(encoded(image, "JPEG")) and not is_rotated(b"no image")
+
+
+def test_avif_jpeg_2000_and_two_images_in_a_jpeg_are_decoded():
+    red_light = Image.new("RGB", (16, 16), (255, 0, 0))
+    for kind, options in {"AVIF": {}, "JPEG2000": {}, "MPO": {"save_all": True, "append_images": [noise(16)]}}.items():
+        red, green, blue = pixel(encoded(red_light, kind, **options))
+        assert red > 200 and green < 60 and blue < 60, kind
+
+
+def test_every_format_of_the_list_is_known_to_pillow():
+    """Pillow raises `KeyError` for an unknown name before it tries the formats after it."""
+    Image.init()
+    assert set(FORMATS) <= set(Image.OPEN)
 
 
 def noise(side=32):
@@ -80,6 +95,7 @@ def noise(side=32):
         (encoded(noise(), "JPEG")[:600], "truncated"),
         (encoded(Image.new("RGB", (101, 100))), "too_large"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "undecodable"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "unsupported"),
     ],
 )
 def test_bad_bytes_have_a_reason(data, reason):
@@ -87,6 +103,13 @@ def test_bad_bytes_have_a_reason(data, reason):
         opened(data)
     assert error.value.reason == reason
     assert reason in str(error.value)
+
+
+def test_the_detail_of_an_unreadable_image_says_what_it_begins_with_or_how_to_convert_it():
+    with pytest.raises(ImageError, match="15 bytes of unknown image format that begin with b'<!doctype ht'"):
+        opened(b"<!doctype html>")
+    with pytest.raises(ImageError, match="cannot read HEIC: convert it to JPEG"):
+        opened(b"\0\0\0\x18ftypheic" + bytes(99))
 
 
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_decoded():

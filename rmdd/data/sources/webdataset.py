@@ -19,7 +19,7 @@ from rmdd.data.decode import ImageError
 from rmdd.data.inputs import InputPath, input_path
 from rmdd.data.source import Candidate, SampleSource, as_captions, sample_files
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic", "heif")
 MEMBER_BYTES = 2**28
 _SAMPLES_CHECKED = 64
 
