@@ -32,12 +32,12 @@ MOVES = {
     "ingest run": """
         data.layout data.annotations data.scenes.train data.scenes.val data.scenes.test data.scenes.size
         data.scenes.seed data.reencode data.shard_mb data.max_pixels data.splits.from_source data.splits.names
-        data.splits.val data.splits.test
+        data.splits.val data.splits.test data.duplicates
     """,
     "nothing": """
-        data.root data.imagefolder.files data.imagefolder.image data.imagefolder.caption data.imagefolder.split
-        data.huggingface.folder data.huggingface.hub data.huggingface.config data.huggingface.revision
-        data.huggingface.image data.huggingface.caption data.huggingface.split
+        data.root data.max_loss data.imagefolder.files data.imagefolder.image data.imagefolder.caption
+        data.imagefolder.split data.huggingface.folder data.huggingface.hub data.huggingface.config
+        data.huggingface.revision data.huggingface.image data.huggingface.caption data.huggingface.split
         experts.shuffle.block experts.shuffle.window experts.worker_group.strategy distill.budget_check
         distill.path_start distill.path_lag distill.path_epochs distill.path_order distill.plan.chain
         distill.guard.retries distill.checkpoint_every evaluate.between

@@ -31,10 +31,9 @@ def ingest(call: Call, run: config.Run) -> Output:
     """Read the raw dataset and write it as shards, with a manifest and a list of rejected rows."""
     with call.pipeline(run, check=False) as pipeline:
         dataset = pipeline.ingest()
-    rejected = dataset.manifest["quarantine"]
-    reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
-    lines = [f"dataset: {dataset.path}", *([f"quarantine: {reasons}"] if reasons else [])]
-    return Output({"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": rejected}, lines)
+        remarks = dataset.remarks()
+    facts = {"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": dataset.manifest["quarantine"]}
+    return Output(facts | {"remarks": remarks}, [f"dataset: {dataset.path}", *remarks])
 
 
 @command

@@ -209,6 +209,12 @@ class Data(Section):
         description="use only the first N pairs of train, so that a first run on large data ends soon; null: all pairs",
         json_schema_extra=hash_only("run", "view"),
     )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="images of train that are also in val or test, byte for byte: keep them (with a warning), or drop "
+        "them from train",
+        json_schema_extra=hash_only("run", "ingest"),
+    )
     eval_limit: PositiveInt | None = Field(
         None,
         description="use only the first N pairs of val and of test (N is often 10000 for CC3M); null: all pairs",
@@ -222,6 +228,12 @@ class Data(Section):
     shard_mb: Annotated[float, Field(gt=0)] = Field(
         128, description="size in MiB of a file (shard) of the dataset", json_schema_extra=hash_only("run", "ingest")
     )
+    max_loss: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5,
+        description="largest share of images that an ingest may reject (missing, unreadable, without a caption); if it "
+        "is exceeded, the ingest fails; not hashed",
+        json_schema_extra=no_hash(),
+    )
     max_pixels: PositiveInt = Field(
         89_478_485,
         description="number of pixels above which an image is skipped, as a possible decompression bomb",
@@ -233,8 +245,8 @@ class Data(Section):
         json_schema_extra=hash_only("run", "ingest", "view", "features"),
     )
     exif_orientation: bool = Field(
-        False,
-        description="rotate images as their EXIF data says; the published loaders do not",
+        True,
+        description="rotate images as their EXIF data says; the published loaders do not, so presets say false",
         json_schema_extra=hash_only("run", "ingest", "view", "features"),
     )
     image_size: Annotated[int, Field(ge=8)] = Field(
@@ -284,10 +296,16 @@ class Data(Section):
         if any(f < 0 for f in self.split_fractions) or abs(sum(self.split_fractions) - 1) > 1e-6:
             text = f"data.split_fractions must be three shares that sum to 1, found {self.split_fractions}"
             mistakes.append(Clash(text, "data.split_fractions"))
-        if source == "dataset" and self.splits != Splits():
-            text = "data.splits has no effect on an ingested dataset; set it in the run file that ingests the data"
-            mistakes.append(Clash(text, "data.splits", "data.source"))
+        for field in ("splits", "duplicates"):
+            if source == "dataset" and not self._is_default(field):
+                text = (
+                    f"data.{field} has no effect on an ingested dataset; set it in the run file that ingests the data"
+                )
+                mistakes.append(Clash(text, f"data.{field}", "data.source"))
         return mistakes
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
 
     def not_hashed(self, purpose: Purpose) -> tuple[str, ...]:
         """Leave out default values of new fields and unused new sources of all hashes, and more of a dataset's.
@@ -296,7 +314,7 @@ class Data(Section):
         sources and, without `reencode`, of the fields about decoding.
         """
         unused = tuple(name for name in ("imagefolder", "huggingface") if name != self.source)
-        unused += ("splits",) if self.splits == Splits() else ()
+        unused += tuple(name for name in ("splits", "duplicates") if self._is_default(name))
         if purpose != "ingest":
             return (*unused, *(("train_limit",) if self.train_limit is None else ()))
         others = [n for n, v in self if isinstance(v, Section) and n not in (self.source, "annotations", "splits")]

@@ -15,6 +15,8 @@ class IngestCounts:
     rows_in: int = 0
     rows_merged: int = 0
     captions_in: int = 0
+    rotated: int = 0
+    """Kept images whose EXIF orientation is ignored."""
     quarantine: Counter[str] = field(default_factory=Counter)
     captions_dropped: Counter[str] = field(default_factory=Counter)
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class IngestCounts:
             "rows_in": self.rows_in,
             "rows_merged": self.rows_merged,
             "captions_in": self.captions_in,
+            "rotated": self.rotated,
             "quarantine": dict(self.quarantine),
             "captions_dropped": dict(self.captions_dropped),
         }
@@ -52,6 +55,7 @@ class IngestCounts:
         self.rows_in += counts["rows_in"]
         self.rows_merged += counts["rows_merged"]
         self.captions_in += counts["captions_in"]
+        self.rotated += counts["rotated"]
         self.quarantine.update(counts["quarantine"])
         self.captions_dropped.update(counts["captions_dropped"])
 

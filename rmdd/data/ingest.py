@@ -14,11 +14,16 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rmdd.config import Data, Runtime, hash_value
 from rmdd.config import sources as by_name
@@ -26,14 +31,15 @@ from rmdd.config.hashing import hashed
 from rmdd.core.files import atomic_path, read_json, remove, write_json
 from rmdd.core.locks import hold_folder
 from rmdd.core.storage import Storage, open_storage
-from rmdd.data import sources
+from rmdd.data import duplicates, sources
 from rmdd.data.carving import Carving
 from rmdd.data.counts import IngestCounts
 from rmdd.data.inputs import InputPath, absolute, hash_of, input_path, is_remote
 from rmdd.data.layouts import alternatives
-from rmdd.data.parts import IngestFolders, PartWriter, numbered, write_entries
+from rmdd.data.losses import check_losses
+from rmdd.data.parts import IngestFolders, PartWriter, as_lines, numbered, write_entries
 from rmdd.data.plan import IngestPlan, file_parts, make_plan, write_parts
-from rmdd.data.shards import MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
+from rmdd.data.shards import DUPLICATES, MANIFEST, QUARANTINE, SCHEMA_VERSION, SPLITS, Dataset
 from rmdd.data.source import SampleSource
 from rmdd.execution.tasks import Stream, sequential_stream
 
@@ -46,9 +52,10 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
 
     An existing dataset in `out` is returned if it was made from the same input. The folder `out` appears only when the
     dataset is complete; a second ingest into the same folder waits for the first. Unusable rows are written to
-    `quarantine.jsonl` and do not stop the ingest. Raises `ValueError` for unreadable annotations, or if `out` holds
-    files that are not this dataset. An interrupted ingest keeps its finished parts. With `source: dataset`, the dataset
-    at `data.root` is opened and nothing is written. With `runtime`, the dataset is also uploaded to the storage's URI.
+    `quarantine.jsonl` and do not stop the ingest. Raises `ValueError` for unreadable annotations, if `out` holds files
+    that are not this dataset, or if too few images are kept (`data.max_loss`); the dataset then stays in `out` with its
+    `quarantine.jsonl`. An interrupted ingest keeps its finished parts. With `source: dataset`, the dataset at
+    `data.root` is opened and nothing is written. With `runtime`, the dataset is also uploaded to the storage's URI.
     """
     if data.source == "dataset":
         return Dataset.open(data.root or "")
@@ -68,6 +75,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
 
     finished, started = current_state()
     if finished is not None and not started:
+        check_losses(finished, data)
         return finished
     with hold_folder(out.with_name(f".{out.name}"), wait=True) as lease:
         finished, _ = current_state()
@@ -80,7 +88,7 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
             for folder in (folders.plan, folders.records):
                 storage.fetch(folder)
             lease.check()
-            _finish(folders, inputs, parts)
+            _finish(folders, inputs, parts, data, storage)
             storage.move(folders.dataset, out)
             storage.fetch(out)
         lease.check()
@@ -88,7 +96,9 @@ def ingest(data: Data, out: Path | str, stream: Stream = sequential_stream, runt
         for folder in (folders.dataset, folders.records, folders.path):
             if folder.is_dir():
                 remove(folder)
-    return Dataset.open(out)
+    dataset = Dataset.open(out)
+    check_losses(dataset, data)
+    return dataset
 
 
 def _input(data: Data) -> tuple[dict[str, Any], Any]:
@@ -146,39 +156,67 @@ def _start_or_resume(
     return entries, carving
 
 
-def _finish(folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+def _finish(
+    folders: IngestFolders, inputs: dict[str, Any], parts: list[dict[str, Any]], data: Data, storage: Storage
+) -> None:
     """Merge the record files of all parts, in part order, into `quarantine.jsonl` and the manifest of the dataset."""
-    counts, content = IngestCounts(), hashlib.sha256()
+    counts = IngestCounts()
     counts.add(read_json(folders.parts)["counts"])
-    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    records = [read_json(folders.record(part["number"])) for part in parts]
+    for record in records:
+        counts.add(record["counts"])
+    shards = [shard for split in SPLITS for record in records for shard in record["shards"] if shard["split"] == split]
+    digests = [folders.digests(shard["file"]).read_bytes() for shard in shards]
+    images = [pq.read_table(folders.images(shard["file"])) for shard in shards]
+    if data.duplicates == "drop":
+        _drop_duplicates(folders.dataset, shards, digests, images, counts, storage)
     with atomic_path(folders.dataset / QUARANTINE) as temporary, open(temporary, "wb") as quarantine:
         quarantine.write((folders.plan / QUARANTINE).read_bytes())
         for part in parts:
-            record = read_json(folders.record(part["number"]))
-            counts.add(record["counts"])
-            for shard in record["shards"]:
-                shards[shard["split"]].append(shard)
             if folders.entries(part["number"]).is_file():
                 quarantine.write(folders.entries(part["number"]).read_bytes())
-    for shard in (shard for split in SPLITS for shard in shards[split]):
-        content.update(folders.digests(shard["file"]).read_bytes())
+        quarantine.writelines(entry.encode() for entry in as_lines(counts.entries))
+    tables = {split: duplicates.joined(shards, images, split) for split in SPLITS}
+    repeated = duplicates.counted(tables)
+    if any(repeated["across"].values()):
+        with atomic_path(folders.dataset / DUPLICATES) as temporary:
+            temporary.write_text("".join(duplicates.lines(tables)), encoding="utf-8")
     for temporary_file in folders.dataset.glob(".*.tmp"):  # killed workers leave temporary files
         remove(temporary_file)
+    sizes = {split: [s for s in shards if s["split"] == split] for split in SPLITS}
     write_json(
         folders.dataset / MANIFEST,
         {
             "schema_version": SCHEMA_VERSION,
-            "data_hash": content.hexdigest(),
+            "data_hash": hashlib.sha256(b"".join(digests)).hexdigest(),
             "counts": {
                 split: {"pairs": sum(s["rows"] for s in of_split), "captions": sum(s["captions"] for s in of_split)}
-                for split, of_split in shards.items()
+                for split, of_split in sizes.items()
             },
             **{name: dict(sorted(n.items())) if isinstance(n, dict) else n for name, n in counts.as_json().items()},
-            "shards": [shard for split in SPLITS for shard in shards[split]],
+            "duplicates": repeated,
+            "shards": shards,
             "command": shlex.join(sys.argv),
             **inputs,
         },
     )
+
+
+def _drop_duplicates(
+    dataset: Path,
+    shards: list[dict[str, Any]],
+    digests: list[bytes],
+    images: list[pa.Table],
+    counts: IngestCounts,
+    storage: Storage,
+) -> None:
+    """Leave images of val and test out of the shards of train; the lists, with an entry per shard, are changed too."""
+    held_out = duplicates.joined(shards, images, "val", "test")["image"].combine_chunks()
+    for i, shard in enumerate(shards):
+        repeated = pc.any(pc.is_in(images[i]["image"], value_set=held_out)).as_py()
+        if shard["split"] == "train" and repeated:
+            storage.fetch(dataset, functools.partial(operator.eq, shard["file"]))
+            shards[i], digests[i], images[i] = duplicates.without(dataset / shard["file"], held_out, counts)
 
 
 def shaping(data: Data) -> dict[str, Any]:

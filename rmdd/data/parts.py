@@ -20,10 +20,10 @@ from typing import Any
 from rmdd.config import Data, Runtime
 from rmdd.core.files import atomic_path, read_json, sha256_file, write_json
 from rmdd.core.storage import Storage, open_storage
-from rmdd.data import planned, sources
+from rmdd.data import duplicates, planned, sources
 from rmdd.data.carving import Carving, meaning
 from rmdd.data.counts import IngestCounts
-from rmdd.data.decode import ImageError, decode_as
+from rmdd.data.decode import ImageError, decode_as, is_rotated
 from rmdd.data.shards import SPLITS, Pair, ShardWriter
 from rmdd.data.source import NO_SPLIT, AnnotationSource, Candidate, SampleSource
 
@@ -77,6 +77,10 @@ class IngestFolders:
     def digests(self, shard: str) -> Path:
         return self.records / f"{shard}.digests"
 
+    def images(self, shard: str) -> Path:
+        """Return the path of the table by which the images of a shard are compared with those of other shards."""
+        return self.records / f"{shard}.images"
+
 
 class PartWriter:
     """A worker that writes the shards and the record file of a part of an ingest, or checks a part that exists already.
@@ -121,7 +125,8 @@ class PartWriter:
         record: dict[str, Any] = read_json(path)
         for shard in record["shards"]:
             file = self.folders.dataset / shard["file"]
-            if not file.is_file() or not self.folders.digests(shard["file"]).is_file():
+            beside = (self.folders.digests(shard["file"]), self.folders.images(shard["file"]))
+            if not file.is_file() or not all(path.is_file() for path in beside):
                 return None
             if file.stat().st_size != shard["bytes"] or sha256_file(file) != shard["sha256"]:
                 return None
@@ -131,13 +136,16 @@ class PartWriter:
         counts, folders = IngestCounts(), self.folders
         with contextlib.ExitStack() as stack:
             writers: dict[str, ShardWriter] = {}
+            images: dict[str, list[tuple[int, str]]] = {}
             for pair in self._pairs(part, counts):
                 if pair.split not in writers:
                     path = folders.dataset / f"{pair.split}-{part.number:05d}.parquet"
                     writers[pair.split] = stack.enter_context(ShardWriter(path))
                 writers[pair.split].append(pair)
+                images.setdefault(pair.split, []).append((duplicates.image_number(pair), pair.pair_id))
             shards = [writers[split].finish() for split in SPLITS if split in writers]
-        for writer in writers.values():
+        for split, writer in writers.items():
+            duplicates.write_table(folders.images(writer.path.name), duplicates.table_of(images[split]))
             with atomic_path(folders.digests(writer.path.name)) as temporary:
                 temporary.write_bytes(writer.digests)
         if counts.entries:
@@ -164,6 +172,8 @@ class PartWriter:
                 captions = len(candidate.captions)
                 counts.reject(candidate.pair_id, error.reason, candidate.origin, error.detail, captions)
             else:
+                if not self.data.exif_orientation and isinstance(candidate.image, bytes):
+                    counts.rotated += is_rotated(candidate.image)
                 assert split is not None, "the planning step gives every listed image a split"
                 yield Pair(candidate.pair_id, image, candidate.captions, split, candidate.source)
 
@@ -203,7 +213,12 @@ def numbered(parts: Iterable[IngestPart], source: SampleSource, data: Data) -> I
 def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write quarantine entries to `path` as JSON lines."""
     with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        f.writelines(as_lines(entries))
+
+
+def as_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield quarantine entries as JSON lines."""
+    return (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def _checked(image: bytes | ImageError, data: Data) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+DUPLICATES = "duplicates.jsonl"
 
 SCHEMA = pa.schema(
     [
@@ -164,15 +165,32 @@ class Dataset:
         counts: dict[str, dict[str, int]] = self.manifest["counts"]
         return counts
 
+    def remarks(self) -> list[str]:
+        """Return a line for rejected rows, for images in two splits or two pairs, and for ignored EXIF orientations."""
+        manifest, lines = self.manifest, []
+        if reasons := ", ".join(f"{n} {reason}" for reason, n in manifest["quarantine"].items()):
+            lines.append(f"quarantine: {reasons}; see {self.path / QUARANTINE}")
+        repeated = manifest.get("duplicates", {"across": {}, "within": {}})  # manifests of 0.1 have no such counts
+        if across := ", ".join(f"{n} in {splits}" for splits, n in repeated["across"].items() if n):
+            advice = "; set data.duplicates: drop to leave them out of train" if "train" in across else ""
+            found = f"the same images, byte for byte, are in two splits ({across}), so scores may be too high"
+            lines.append(f"{found}; see {self.path / DUPLICATES}{advice}")
+        if within := ", ".join(f"{n} in {split}" for split, n in repeated["within"].items() if n):
+            lines.append(f"pairs whose image is also in another pair of the same split: {within}")
+        if rotated := manifest.get("rotated"):
+            lines.append(
+                f"{rotated} images have an EXIF orientation, which data.exif_orientation: false ignores; set it to "
+                "true to turn them upright"
+            )
+        return lines
+
     def columns(self, split: str, *names: str) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a split in order, as tuples of the columns `names`; only these columns are read."""
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
         for shard in self.manifest["shards"]:
             if shard["split"] == split:
-                with pq.ParquetFile(self.path / shard["file"]) as file:
-                    for batch in file.iter_batches(batch_size=_ROWS_PER_READ, columns=list(names)):
-                        yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+                yield from _columns(self.path / shard["file"], names)
 
     def pairs(self, split: str) -> Iterator[Pair]:
         for pair_id, image, captions, split_name, source in self.columns(split, *SCHEMA.names):
@@ -198,6 +216,18 @@ class Dataset:
             raise ValueError(f"{self.path} holds {counts}, its manifest says {self.counts}; ingest again")
         if content.hexdigest() != self.hash:
             raise ValueError(f"{self.path}: its rows do not match data_hash in its manifest; ingest again")
+
+
+def shard_pairs(path: Path) -> Iterator[Pair]:
+    """Yield the pairs of one shard file in order."""
+    for pair_id, image, captions, split, source in _columns(path, SCHEMA.names):
+        yield Pair(pair_id, image, tuple(captions), split, source)
+
+
+def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_PER_READ, columns=list(names)):
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
 
 def verify(path: Path, check: DiskCheck) -> None:

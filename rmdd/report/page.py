@@ -19,6 +19,7 @@ from rmdd.config.order import in_words
 from rmdd.config.recipes import TITLES
 from rmdd.core.files import atomic_path, read_json
 from rmdd.data.images import denormalise
+from rmdd.data.shards import MANIFEST, Dataset
 from rmdd.distill.sets import load_set
 from rmdd.distill.trajectory.planning import PLAN
 from rmdd.experts.store import stored_bytes
@@ -89,6 +90,7 @@ def write_report(
         "val_plots": _val_plots(run.evaluate.epochs, evaluation),
         "health": [Markup(drawing) for drawing in health.drawings(measured)],
         "warnings": measured["warnings"],
+        "remarks": Dataset.open(paths.data).remarks() if (paths.data / MANIFEST).is_file() else [],
         "steps": seconds,
         "total_seconds": sum(seconds.values()),
         "speed": [_speed(lines) for lines in logs],

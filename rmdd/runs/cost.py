@@ -370,8 +370,8 @@ def known_counts(data: config.Data) -> tuple[Counts, str]:
         rows = source.rows(files, data)
         if rows is None:
             raise ValueError(
-                f"cannot count the pairs of {len(files)} {data.source} files without reading them; run `rmdd ingest` "
-                "first, then check a run with data: {source: dataset, root: the ingested folder}"
+                f"cannot count the pairs of {len(files)} {data.source} files, or see whether a split is empty, without "
+                "reading them; run `rmdd ingest` with this run file first, then check it again"
             )
     else:
         rows = source.rows(data)[0]

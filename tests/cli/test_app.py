@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,3 +428,23 @@ def test_an_empty_split_that_only_the_ingest_finds_is_refused_after_it(workdir):
         assert done.exit_code == 2 and "splits val and test are empty" in done.stderr
         assert "train 3, val 0, test 0; set data.splits: {val: 1, test: 1}" in done.stderr
     assert not (workdir / "runs" / "experts").exists()
+
+
+def test_ingest_and_check_say_what_was_lost_and_what_is_in_two_splits(workdir):
+    for name, colour in {"a": "red", "b": "red", "c": "blue", "d": "green"}.items():
+        Image.new("RGB", (8, 8), colour).save(workdir / f"{name}.png")
+    splits = {"a": "train", "b": "test", "c": "val", "d": "train", "gone": "train"}
+    (workdir / "t.csv").write_text("image,caption,split\n" + "".join(f"{n}.png,x {n},{s}\n" for n, s in splits.items()))
+    table = ("data.source=table", "data.table.file=t.csv", "runtime.ray=off")
+    (workdir / "empty").mkdir()
+    shutil.copy(workdir / "t.csv", workdir / "empty")
+    done = rmdd_("ingest", "demo", *sets(*TINY, *table, f"data.root={workdir / 'empty'}"))
+    assert done.exit_code == 1 and "the ingest kept 0 of 5 images: 5 missing_file" in done.stderr
+    assert f"set data.root to {workdir} and data.table.file to empty/t.csv" in done.stderr
+    table += (f"data.root={workdir}",)
+    for command in ("ingest", "check"):
+        done = rmdd_(command, "demo", *sets(*TINY, *table))
+        assert done.exit_code == 0, done.stderr
+        said = " ".join(done.stdout.split())
+        assert "quarantine: 1 missing_file; see " in said and "quarantine.jsonl" in said
+        assert "are in two splits (1 in train and test)" in said and "duplicates.jsonl" in said

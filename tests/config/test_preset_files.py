@@ -32,6 +32,8 @@ EXACT = ("flickr30k_mtt_vl", "coco_mtt_vl", "emoji_mtt_vl", "emoji_ptm_st_100")
 ADDED = {
     "data.huggingface": config.HuggingFace().model_dump(mode="json"),
     "data.imagefolder": config.ImageFolder().model_dump(mode="json"),
+    "data.max_loss": 0.5,
+    "data.duplicates": "keep",
     "data.splits": config.Splits().model_dump(mode="json"),
     "data.train_limit": None,
     "distill.path_start": "theta_0",

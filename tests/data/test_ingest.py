@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rmdd.config import Data, Scenes
+from rmdd.config import Data, Scenes, TableSource
 from rmdd.data.ingest import ingest, quarantined
 from rmdd.data.shards import Dataset
 
@@ -71,7 +71,7 @@ def messy(root, draw, put):
         ("CMYK.jpg", "CMYK"),
     ]
     put("train.json", [{"image": image, "caption": caption} for image, caption in rows])
-    return Data(source="lists", root=str(root), annotations={"train": "train.json"}, max_pixels=8000)
+    return Data(source="lists", root=str(root), annotations={"train": "train.json"}, max_pixels=8000, max_loss=0.6)
 
 
 def test_every_bad_row_is_counted_with_its_reason(messy, tmp_path):
@@ -233,19 +233,100 @@ def test_missing_rows_and_a_missing_root_are_refused(root, put, tmp_path):
         ingest(Data(source="lists", root=str(root / "no"), annotations={"train": "t.json"}), tmp_path / "out")
 
 
-def test_real_annotations_without_images_are_quarantined(shared, root, tmp_path):
+def test_real_annotations_without_images_are_counted_and_refused(shared, tmp_path):
     real = shared / "reference" / "real_annotations"
     for layout, files, captions in [
         ("flickr30k", {"val": "flickr30k_val_first60.json", "test": "flickr30k_test_first60.json"}, 600),
         ("coco", {"test": "coco_karpathy_test_first60.json", "val": "coco_karpathy_test_six_captions.json"}, 360),
     ]:
         data = Data(source="lists", layout=layout, root=str(real), annotations=files)
-        dataset = adds_up(ingest(data, tmp_path / layout))
         rows = sum(len(json.loads((real / file).read_text())) for file in files.values())
+        for _ in range(2):  # the second call finds the dataset
+            with pytest.raises(ValueError, match=rf"kept 0 of {rows} images: {rows} missing_file"):
+                ingest(data, tmp_path / layout)
+        dataset = adds_up(Dataset.open(tmp_path / layout))
         assert dataset.manifest["rows_in"] == rows == dataset.manifest["quarantine"]["missing_file"]
         assert dataset.manifest["captions_in"] == captions
-        assert all(count["pairs"] == 0 for count in dataset.counts.values())
-        assert ingest(data, tmp_path / layout).manifest == dataset.manifest
+
+
+def test_a_wrong_root_is_an_error_that_says_where_it_looked_and_what_to_set(root, draw, put, tmp_path):
+    draw("pictures/a.png", "pictures/b.png")
+    put("captions.csv", "image,caption,split\na.png,one,train\nb.png,two,train\n")
+    data = Data(source="table", root=str(root))
+    with pytest.raises(ValueError) as error:
+        ingest(data, tmp_path / "out")
+    message = str(error.value)
+    assert "kept 0 of 2 images: 2 missing_file (such as a.png: no such file under data.root)" in message
+    assert f"looked for {root / 'a.png'}, {root / 'b.png'}" in message
+    assert f"set data.root to {root / 'pictures'} and data.table.file to ../captions.csv" in message
+    assert f"rejected rows: {tmp_path / 'out' / 'quarantine.jsonl'}" in message
+    right = data.model_copy(update={"root": str(root / "pictures"), "table": TableSource(file="../captions.csv")})
+    assert sum(n["pairs"] for n in ingest(right, tmp_path / "right").counts.values()) == 2
+
+
+def test_losing_more_than_the_stated_share_is_an_error(messy, put, tmp_path):
+    ingest(messy, tmp_path / "out")  # it loses 11 of its 21 images
+    less = messy.model_copy(update={"max_loss": 0.2})
+    with pytest.raises(ValueError, match=r"may lose 20 % of them .data.max_loss(.|\n)*; correct the input or, to acc"):
+        ingest(less, tmp_path / "out")
+    put("train.json", [{"image": name, "caption": "x"} for name in ("text.png", "cut.png")])
+    with pytest.raises(ValueError, match="kept 0 of 2 images: 1 truncated .such as cut.png: .*; 1 undecodable"):
+        ingest(messy.model_copy(update={"max_loss": 1}), tmp_path / "none")
+
+
+def duplicated(root, draw, put):
+    """Write a table whose train images b and c are also in val and test, and twice in train; return its config."""
+    draw("a.png", "b.png", "c.png", "d.png", "e.png")
+    for copy, name in {"b_val": "b", "b_again": "b", "c_test": "c", "d_again": "d"}.items():
+        shutil.copy(root / f"{name}.png", root / f"{copy}.png")
+    splits = {"b_val": "val", "e": "val", "c_test": "test", "b_again": "train", "d_again": "train"}
+    names = ["a", "b", "c", "d", *splits]
+    put("captions.csv", "image,caption,split\n" + "".join(f"{n}.png,x {n},{splits.get(n, 'train')}\n" for n in names))
+    return Data(source="table", root=str(root), shard_mb=1e-4)
+
+
+def test_images_in_two_splits_are_counted_and_named(root, draw, put, tmp_path):
+    dataset = adds_up(ingest(duplicated(root, draw, put), tmp_path / "out"))
+    assert dataset.manifest["duplicates"] == {
+        "within": {"train": 2, "val": 0, "test": 0},
+        "across": {"train and val": 1, "train and test": 1, "val and test": 0},
+    }
+    named = [json.loads(line)["pairs"] for line in (dataset.path / "duplicates.jsonl").read_text().splitlines()]
+    assert sorted(named, key=str) == [
+        {"train": ["b.png", "b_again.png"], "val": ["b_val.png"]}, {"train": ["c.png"], "test": ["c_test.png"]},
+    ]  # fmt: skip
+    (across, within) = dataset.remarks()
+    assert "1 in train and val, 1 in train and test" in across and str(dataset.path / "duplicates.jsonl") in across
+    assert "2 in train" in within
+
+
+def test_images_of_val_and_test_are_dropped_from_train(root, draw, put, tmp_path):
+    data = duplicated(root, draw, put)
+    kept = ingest(data, tmp_path / "kept")
+    dropping = data.model_copy(update={"duplicates": "drop"})
+    dataset = adds_up(ingest(dropping, tmp_path / "dropped"))
+    assert [pair.pair_id for pair in dataset.pairs("train")] == ["a.png", "d.png", "d_again.png"]
+    assert [list(dataset.pairs(split)) for split in ("val", "test")] == [
+        list(kept.pairs(split)) for split in ("val", "test")
+    ]
+    assert dataset.manifest["quarantine"] == {"duplicate_image": 3}
+    assert not any(dataset.manifest["duplicates"]["across"].values())
+    assert not (dataset.path / "duplicates.jsonl").exists()
+    one_shard = dropping.model_copy(update={"shard_mb": 128})
+    assert ingest(one_shard, tmp_path / "one").hash == dataset.hash != kept.hash
+
+
+def test_ignored_exif_orientations_are_counted(root, put, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 2)).save(root / "a.jpg", exif=exif)
+    Image.new("RGB", (6, 2), "red").save(root / "b.jpg")
+    put("captions.csv", "image,caption,split\na.jpg,x,train\nb.jpg,x,val\n")
+    data = Data(source="table", root=str(root))
+    assert ingest(data, tmp_path / "upright").remarks() == []
+    ignoring = data.model_copy(update={"exif_orientation": False})
+    (remark,) = ingest(ignoring, tmp_path / "ignored").remarks()
+    assert "1 images have an EXIF orientation" in remark
 
 
 def test_real_annotations_with_images_keep_five_and_six_captions(shared, root, draw, tmp_path):

@@ -124,8 +124,8 @@ def test_images_that_the_library_did_not_copy_are_read_from_their_files(root, pu
     put("test/metadata.csv", "file_name,caption\n1.png,b\n")
     dataset = ingest(data_of(root, hub=str(root)), tmp_path / "out")  # the id may be a folder, as in load_dataset
     assert images(dataset)["test"] == [(root / "test/1.png").read_bytes()]
-    outside = ingest(data_of(None, hub=str(root)), tmp_path / "outside")
-    assert outside.manifest["quarantine"] == {"absolute_path": 2}
+    with pytest.raises(ValueError, match="kept 0 of 2 images: 2 absolute_path"):
+        ingest(data_of(None, hub=str(root)), tmp_path / "outside")
 
 
 def test_mistakes_are_reported_with_what_to_do(ten, root, tmp_path, monkeypatch):

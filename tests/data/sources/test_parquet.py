@@ -57,7 +57,8 @@ def test_columns_by_name_with_a_split_column_and_bad_rows(root, tmp_path):
         "part": ["train", "dev", "train", "train", "test", "nowhere"],
     }
     pq.write_table(pa.table(table), root / "train.parquet")
-    dataset = ingest(data_of(root, image="img", caption="texts", split="part"), tmp_path / "out")
+    data = data_of(root, image="img", caption="texts", split="part").model_copy(update={"max_loss": 1})
+    dataset = ingest(data, tmp_path / "out")
     assert pairs(dataset) == {
         "train": {"train.parquet/00000000": ("a", "b")}, "val": {"train.parquet/00000001": ("c",)}, "test": {},
     }  # fmt: skip
