@@ -31,7 +31,7 @@ def ingest(call: Call, run: config.Run) -> Output:
     """Read the raw dataset and write it as shards, with a manifest and a list of rejected rows."""
     with call.pipeline(run, check=False) as pipeline:
         dataset = pipeline.ingest()
-        remarks = dataset.remarks()
+        remarks = dataset.remarks(run.data)
     facts = {"dataset": str(dataset.path), "counts": dataset.counts, "quarantine": dataset.manifest["quarantine"]}
     return Output(facts | {"remarks": remarks}, [f"dataset: {dataset.path}", *remarks])
 

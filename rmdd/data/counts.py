@@ -16,7 +16,7 @@ class IngestCounts:
     rows_merged: int = 0
     captions_in: int = 0
     rotated: int = 0
-    """Kept images whose EXIF orientation is ignored."""
+    """Kept images whose EXIF data say that the stored pixels must be rotated or mirrored."""
     quarantine: Counter[str] = field(default_factory=Counter)
     captions_dropped: Counter[str] = field(default_factory=Counter)
     entries: list[dict[str, Any]] = field(default_factory=list)

@@ -172,7 +172,8 @@ class PartWriter:
                 captions = len(candidate.captions)
                 counts.reject(candidate.pair_id, error.reason, candidate.origin, error.detail, captions)
             else:
-                if not self.data.exif_orientation and isinstance(candidate.image, bytes):
+                turned = self.data.reencode is not None and self.data.exif_orientation
+                if isinstance(candidate.image, bytes) and not turned:
                     counts.rotated += is_rotated(candidate.image)
                 assert split is not None, "the planning step gives every listed image a split"
                 yield Pair(candidate.pair_id, image, candidate.captions, split, candidate.source)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmdd.config import Data
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import atomic_path, read_json, sha256_file
 
@@ -165,19 +166,23 @@ class Dataset:
         counts: dict[str, dict[str, int]] = self.manifest["counts"]
         return counts
 
-    def remarks(self) -> list[str]:
-        """Return a line for rejected rows, for images in two splits or two pairs, and for ignored EXIF orientations."""
+    def remarks(self, data: Data) -> list[str]:
+        """Return a line for rejected rows, for images in two splits or two pairs, and for ignored EXIF orientations.
+
+        `data` is the section of the run that reads this dataset.
+        """
         manifest, lines = self.manifest, []
         if reasons := ", ".join(f"{n} {reason}" for reason, n in manifest["quarantine"].items()):
             lines.append(f"quarantine: {reasons}; see {self.path / QUARANTINE}")
         repeated = manifest.get("duplicates", {"across": {}, "within": {}})  # manifests of 0.1 have no such counts
         if across := ", ".join(f"{n} in {splits}" for splits, n in repeated["across"].items() if n):
-            advice = "; set data.duplicates: drop to leave them out of train" if "train" in across else ""
+            advice = "ingest it again with" if data.source == "dataset" else "set"
+            advice = f"; {advice} data.duplicates: drop to leave them out of train" if "train" in across else ""
             found = f"the same images, byte for byte, are in two splits ({across}), so scores may be too high"
             lines.append(f"{found}; see {self.path / DUPLICATES}{advice}")
         if within := ", ".join(f"{n} in {split}" for split, n in repeated["within"].items() if n):
             lines.append(f"pairs whose image is also in another pair of the same split: {within}")
-        if rotated := manifest.get("rotated"):
+        if (rotated := manifest.get("rotated")) and not data.exif_orientation:
             lines.append(
                 f"{rotated} images have an EXIF orientation, which data.exif_orientation: false ignores; set it to "
                 "true to turn them upright"

@@ -90,7 +90,7 @@ def write_report(
         "val_plots": _val_plots(run.evaluate.epochs, evaluation),
         "health": [Markup(drawing) for drawing in health.drawings(measured)],
         "warnings": measured["warnings"],
-        "remarks": Dataset.open(paths.data).remarks() if (paths.data / MANIFEST).is_file() else [],
+        "remarks": Dataset.open(paths.data).remarks(run.data) if (paths.data / MANIFEST).is_file() else [],
         "steps": seconds,
         "total_seconds": sum(seconds.values()),
         "speed": [_speed(lines) for lines in logs],

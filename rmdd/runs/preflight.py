@@ -132,7 +132,7 @@ def examine(run: config.Run, search: dict[str, Any] | None = None) -> dict[str, 
         "parts": [parts.summary(part) for part in _parts(run)],
         "gpus": _gpus(run),
         "remarks": [r for r in (remark, planned, *remarks_of(loaded), *_method_remarks(run), *sentences) if r]
-        + ([] if dataset is None else dataset.remarks()),
+        + ([] if dataset is None else dataset.remarks(run.data)),
     }
 
 

@@ -95,7 +95,7 @@ class Steps:
         counts = {split: (n["pairs"], n["captions"]) for split, n in dataset.counts.items()}
         if empty := empty_splits(counts, f"in {dataset.path}", splits):
             raise config.ConfigError([empty], self.run.name)
-        for remark in dataset.remarks():
+        for remark in dataset.remarks(self.run.data):
             self.progress.say(remark)
         with self.timed("embed"):
             for split in splits:

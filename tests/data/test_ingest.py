@@ -295,7 +295,10 @@ def test_images_in_two_splits_are_counted_and_named(root, draw, put, tmp_path):
     assert sorted(named, key=str) == [
         {"train": ["b.png", "b_again.png"], "val": ["b_val.png"]}, {"train": ["c.png"], "test": ["c_test.png"]},
     ]  # fmt: skip
-    (across, within) = dataset.remarks()
+    (across, within) = dataset.remarks(data := Data(source="table", root=str(root)))
+    reader = data.model_copy(update={"source": "dataset"})
+    assert "; set data.duplicates: drop to" in across
+    assert "; ingest it again with data.duplicates: drop to" in dataset.remarks(reader)[0]
     assert "1 in train and val, 1 in train and test" in across and str(dataset.path / "duplicates.jsonl") in across
     assert "2 in train" in within
 
@@ -323,10 +326,14 @@ def test_ignored_exif_orientations_are_counted(root, put, tmp_path):
     Image.new("RGB", (6, 2), "red").save(root / "b.jpg")
     put("captions.csv", "image,caption,split\na.jpg,x,train\nb.jpg,x,val\n")
     data = Data(source="table", root=str(root))
-    assert ingest(data, tmp_path / "upright").remarks() == []
     ignoring = data.model_copy(update={"exif_orientation": False})
-    (remark,) = ingest(ignoring, tmp_path / "ignored").remarks()
-    assert "1 images have an EXIF orientation" in remark
+    for first, second in ((data, ignoring), (ignoring, data)):
+        dataset = ingest(first, tmp_path / f"{first.exif_orientation}")
+        (remark,) = dataset.remarks(ignoring)
+        assert "1 images have an EXIF orientation" in remark and dataset.remarks(data) == []
+        assert ingest(second, dataset.path).manifest == dataset.manifest
+    turned = ingest(data.model_copy(update={"reencode": 8}), tmp_path / "turned")
+    assert turned.remarks(ignoring) == []
 
 
 def test_real_annotations_with_images_keep_five_and_six_captions(shared, root, draw, tmp_path):
