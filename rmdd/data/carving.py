@@ -17,7 +17,9 @@ from rmdd.data.shards import SPLITS
 from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, hash_position
 
 Ranges = tuple[tuple[float, str], ...]
-"""Splits, each with the lowest position of its images. The first one that is low enough holds; the rest is train."""
+"""Splits, each with a limit from 0 to 1. An image gets the first split whose limit is not above its position.
+
+If there is none, the image is in train."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from rmdd.data.source import NO_SPLIT, SPLIT_NAMES, SampleSource
 SAMPLE = 64
 """Number of images of a dataset whose sizes are read."""
 IGNORED = Splits(from_source=False)
+COUNTED = 1000
+"""Number of images in tar and Parquet files from which val and test are shares of the images."""
 _SECONDS = 10.0
 """Time after which no more samples of tar and Parquet files are read; their number is then estimated."""
 
@@ -76,9 +78,13 @@ class Look:
             widths, heights = zip(*self.sides, strict=True)
             size = f"{median(widths):.0f} x {median(heights):.0f}, {min(widths)} to {max(widths)} pixels wide"
             lines += [f"sizes     median of {len(self.sides)} images {size}"]
+        if self.unreadable:
+            sample, example = len(self.sides) + len(self.unreadable), self.unreadable[0]
+            lines += [f"missing   {len(self.unreadable)} of the {sample} images looked at cannot be opened: {example}"]
         if self.words:
             lines += [f"words     median {median(self.words):.0f} per caption, at most {max(self.words)}"]
-        lines += [f"splits    {about}{named}"]
+        shares = any(isinstance(size, float) for size in self.values.get("splits", {}).values())
+        lines += [f"splits    {'about ' if shares else about}{named}"]
         return lines + [f"          {remark}" for remark in self.remarks]
 
 
@@ -139,24 +145,32 @@ def _found(guess: Guess) -> Look:
             named = set()
         _count(found, rows, data)
     if not named or not all(found.counts[split][0] for split in SPLITS):
-        _carve(found, named)
+        _carve(found, named, isinstance(source, SampleSource))
     return found
 
 
-def _carve(found: Look, named: Collection[str]) -> None:
-    """Let images of train become val and test, where the source names no such splits, and correct the counts."""
+def _carve(found: Look, named: Collection[str], inside: bool) -> None:
+    """Let images of train become val and test, where the source names no such splits, and correct the counts.
+
+    Val and test are numbers of images. If the images are `inside` the files of annotations, these are read twice to
+    choose a number of images, so a share is asked for unless there are few images.
+    """
     total, images = found.images, {split: n for split, (n, _) in found.counts.items()}
     each = found.captions / max(1, total)
     kept = {split: n for split, n in images.items() if named and images["train"] and n and split != "train"}
-    size = min(1000, max(total // 10, min(total // 5, 50)))
+    left = total - sum(kept.values())
+    size = max(1, min(1000, max(left // 10, min(left // 5, 50))))
+    share = max(0.001, float(f"{size / max(1, left):.2g}")) if inside and left >= COUNTED else None
+    size = size if share is None else round(left * share)
     carved = {split: size for split in ("val", "test") if split not in kept}
     ignored = found.values.get("splits", {}) if images["train"] or not named else {"from_source": False}
-    found.values["splits"] = {**ignored, **carved}
-    images = {"train": total - sum(kept.values()) - sum(carved.values())} | kept | carved
+    found.values["splits"] = {**ignored, **{split: share or n for split, n in carved.items()}}
+    images = {"train": left - sum(carved.values())} | kept | carved
     found.counts = {split: (images[split], round(images[split] * each)) for split in SPLITS}
-    what = "no split" if not named else f"only the split {' and '.join(sorted(named))}"
-    chosen = " and ".join(f"{number} for {split}" for split, number in carved.items())
-    found.remarks.append(f"the data names {what}, so a hash chooses {chosen} among the {total:,} images")
+    what = "no split" if not named else f"only the split{'s' * (len(named) > 1)} {' and '.join(sorted(named))}"
+    about = "" if share is None else "about "
+    chosen = " and ".join(f"{about}{number:,} for {split}" for split, number in carved.items())
+    found.remarks.append(f"the data names {what}, so a hash chooses {chosen} among {about}{left:,} images")
 
 
 def _count(found: Look, rows: Iterable[Any], data: Data) -> None:

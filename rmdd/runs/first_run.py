@@ -81,7 +81,11 @@ def first_run(
             "pictures of coloured shapes; `rmdd init --data PATH` writes a file for your own data"
         )
     if found and counts["train"][0] < 4:
-        raise ValueError(f"the data has {counts['train'][0]} images to train on; a run needs at least 4")
+        shown = ", ".join(f"{split} {images}" for split, (images, _) in counts.items())
+        raise ValueError(
+            f"the data has {found.images} images, which give the splits {shown}; a run needs at least 4 images in "
+            "train: add images"
+        )
     if preset is None:
         _choose_text(run, device)
         choose_sizes(run, counts)
@@ -121,7 +125,7 @@ def choose_sizes(run: FirstRun, counts: estimate.Counts) -> None:
     _put(run, "experts", batch=batch, epochs=4 * group)
     run.values.get("distill", {}).pop("match_epochs", None)
     _put(run, "distill", **distill, **({"match_epochs": group} if group > 1 else {}))
-    run.reasons["distill.budget"] = f"the memory of {allowed} of the {images:,} training images"
+    run.reasons["distill.budget"] = f"the set may use as much memory as {allowed} of the {images:,} training images"
     run.reasons["experts.batch"] = f"{captions // batch} updates per epoch of {captions:,} captions"
     if group > 1:
         run.reasons["distill.match_epochs"] = f"an epoch is short, so students are matched over {group} epochs"

@@ -70,6 +70,14 @@ def test_init_describes_the_data_and_check_accepts_the_run(folder):
     assert facts["budget"]["over"] is None and facts["data"]["counts"]["val"] == [2, 2]
 
 
+def test_init_refuses_data_with_too_few_images_to_train_on(folder):
+    rows = "".join(f"photos/{i}.png,a picture\n" for i in range(4))
+    (folder / "mine" / "few.csv").write_text(f"file,words\n{rows}", encoding="utf-8")
+    done = rmdd_("init", "a.yaml", "--data", "mine/few.csv")
+    assert done.exit_code == 1 and "4 images, which give the splits train 2, val 1, test 1" in done.stderr
+    assert not (folder / "a.yaml").exists()
+
+
 def test_each_commented_field_can_be_uncommented_alone_or_with_all_others(folder):
     assert rmdd_("init", "--data", "mine").exit_code == 0
     text = (folder / "run.yaml").read_text(encoding="utf-8")

@@ -134,12 +134,39 @@ def test_a_split_that_the_data_lacks_is_taken_from_train(root, draw, put):
     draw(*NAMES)
     put("a.csv", "file_name,text,split\n" + "\n".join(f"{n},a text,{'test' if n < '2' else 'train'}" for n in NAMES))
     found = look(str(root / "a.csv"))
-    assert found.values["splits"] == {"val": 2} and {s: n for s, (n, _) in found.counts.items()} == {
-        "train": 6,
-        "val": 2,
+    assert found.values["splits"] == {"val": 1} and {s: n for s, (n, _) in found.counts.items()} == {
+        "train": 7,
+        "val": 1,
         "test": 2,
     }
-    assert "only the split test and train" in "\n".join(found.remarks)
+    assert "only the splits test and train" in "\n".join(found.remarks)
+
+
+def test_val_and_test_are_a_part_of_the_train_images_and_never_empty(root, draw, put):
+    names = [f"{i}.png" for i in range(20)]
+    draw(*names)
+    put(
+        "a.csv",
+        "file_name,text,split\n" + "\n".join(f"{n},a text,{'val' if i > 5 else 'train'}" for i, n in enumerate(names)),
+    )
+    found = look(str(root / "a.csv"))
+    assert found.values["splits"] == {"test": 1} and [n for n, _ in found.counts.values()] == [5, 14, 1]
+    put("b.csv", "file_name,text\n" + "\n".join(f"{n},a text" for n in names[:4]))
+    found = look(str(root / "b.csv"))
+    assert found.values["splits"] == {"val": 1, "test": 1} and [n for n, _ in found.counts.values()] == [2, 1, 1]
+
+
+def test_many_images_in_tars_are_split_by_shares_so_that_an_ingest_reads_them_once(build, monkeypatch):
+    monkeypatch.setattr("rmdd.data.look.COUNTED", 10)
+    found = look(str(build("tars")))
+    assert found.values["splits"] == {"val": 0.2, "test": 0.2} and "splits    about train 6" in "\n".join(found.lines())
+
+
+def test_images_of_the_sample_that_cannot_be_opened_are_named(root, draw, put):
+    draw(*NAMES[:8])
+    put("a.csv", "file_name,text\n" + "\n".join(f"{n},a text" for n in NAMES))
+    found = look(str(root))
+    assert f"2 of the 10 images looked at cannot be opened: {root}" in "\n".join(found.lines())
 
 
 def test_unknown_names_of_splits_are_not_used(root, draw, put):
