@@ -46,7 +46,10 @@ def clean(
         typer.Option("--run", metavar="NAME", help="Also drop this run, sweep, search ... (`*` allowed); repeatable."),
     ] = None,
     older_than: Annotated[
-        str, typer.Option("--older-than", metavar="AGE", help="Remove only what did not change for 12h, 30d or 4w.")
+        str,
+        typer.Option(
+            "--older-than", metavar="AGE", help="Remove only what did not change for 12h, 30d or 4w, also of --run."
+        ),
     ] = "0d",
     keep_experts: Annotated[bool, typer.Option("--keep-experts", help="Keep experts that nothing needs.")] = False,
 ) -> Output:

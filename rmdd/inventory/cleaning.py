@@ -5,13 +5,15 @@ run, sweep, search, comparison, transfer, coreset and model that is not dropped.
 what one of them needs, everything that it may need stays too.
 """
 
+import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rmdd.artefact.distilled import DESCRIPTION
@@ -87,26 +89,31 @@ class Cleaning:
                 f"nothing was removed: a process works in {', '.join(self.working)}; wait until it ends, or end it"
             )
         trash: list[tuple[Path, Path]] = []
-        for removal in self.removals:
-            path = root / removal.name
-            if path.exists() and not path.is_symlink():
-                trash.append((path, temporary_beside(path, "old")))
-                os.replace(*trash[-1])
-        new = _descriptions(self.contents) - self.contents.files.items()
-        if new or self.contents.held(ABANDONED_SECONDS):  # a process started, and may need what was moved away
+        try:
+            for removal in self.removals:
+                path = root / removal.name
+                if path.exists() and not self.contents.is_linked(removal.name):
+                    trash.append((path, temporary_beside(path, "old")))
+                    os.replace(*trash[-1])
+            now = self.contents.again()
+            if _descriptions(now) - _descriptions(self.contents) or now.held(ABANDONED_SECONDS):
+                # a process started, and may need what was moved away
+                raise RuntimeError("nothing was removed: another process began to work in the storage; try again later")
+        except BaseException:
             for path, moved in trash:
-                if not path.exists():
-                    os.replace(moved, path)
-            raise RuntimeError("nothing was removed: another process began to work in the storage; try again later")
+                if moved.exists() and not path.exists():
+                    with contextlib.suppress(OSError):  # the others can still be put back
+                        os.replace(moved, path)
+            raise
         for _, moved in trash:
             remove(moved)
 
 
-def _descriptions(contents: Contents) -> set[tuple[str, Stamp | None]]:
-    """Return the files that now describe the work in a storage, with their sizes and times."""
-    files = {file for patterns in KINDS.values() for pattern in patterns for file in contents.root.glob(pattern)}
-    named = {contents.name(file): file for file in files}
-    return {(name, Stamp.of(file)) for name, file in named.items() if not any(map(is_temporary, name.split("/")))}
+def _descriptions(contents: Contents) -> set[tuple[str, Stamp]]:
+    """Return the files that describe the work in a storage, with their sizes and times."""
+    names = (name for patterns in KINDS.values() for pattern in patterns for name in contents.find(pattern))
+    files = (name for name in names if name in contents.files and not any(map(is_temporary, name.split("/"))))
+    return {(name, contents.files[name]) for name in files}
 
 
 def plan_cleaning(
@@ -117,11 +124,11 @@ def plan_cleaning(
 ) -> Cleaning:
     """Return what can be removed from a storage; changes nothing.
 
-    `drop` names runs and other work to remove, by their folders or by patterns with `*`. Other files and folders must
-    not have changed for `older_than` seconds. Raises `ValueError` for an unknown name, and for work that others need.
+    `drop` names runs and other work to remove, by their folders or by patterns with `*`. Only what has not changed for
+    `older_than` seconds is removed. Raises `ValueError` for an unknown name, and for work that others need or may need.
     """
-    works = works_in(contents)
-    dropped = _dropped(works, drop)
+    works, old = works_in(contents), time.time() - older_than if older_than else math.inf
+    dropped = _dropped(works, drop, old)
     kept = [work for work in works if work.folder not in dropped]
     needed: dict[str, str] = {}
     unclear: dict[str, str] = {}
@@ -132,6 +139,12 @@ def plan_cleaning(
             other_baselines |= _is_of_another_version(work) or work.kind == "training"
         except ERRORS as error:
             unclear[work.folder] = str(error) or type(error).__name__
+            others = [w.folder for w in works if w.folder in dropped and w.kind in ("run", "coreset", "search")]
+            if others and work.kind in ("sweep", "search", "comparison"):
+                raise ValueError(
+                    f"this version of rmdd cannot tell whether {work.folder} needs {others[0]}; drop it too with --run "
+                    f"{work.folder}, or keep {others[0]}. {work.folder}: {unclear[work.folder]}"
+                ) from error
     for name, owner in needed.items():
         for folder in dropped:
             if name == folder or name.startswith(f"{folder}/"):
@@ -143,19 +156,20 @@ def plan_cleaning(
         found = dict.fromkeys((*_unneeded(contents, kinds, needed), *_of_comparisons(contents, kept)), UNNEEDED)
         found |= dict.fromkeys(_path_starts(contents, kept), "its phase is finished")
         found |= dict.fromkeys(unused_cache(contents, kept), "nothing in this storage would read it again")
-        old = time.time() - older_than
         removals |= {name: why for name, why in found.items() if contents.usage(name).changed <= old}
     removals |= dict.fromkeys(_locks(contents), "lock of an older version, which nobody holds")
     removals |= {contents.name(p): "left by a process that was killed" for p in abandoned_in(contents.root)}
-    inner = {name for name in removals for outer in removals if name.startswith(f"{outer}/")}
-    listed = [Removal(n, contents.usage(n).bytes, why) for n, why in sorted(removals.items()) if n not in inner]
+    outermost = [n for n in sorted(removals) if not any(str(p) in removals for p in PurePosixPath(n).parents)]
+    own = [name for name in outermost if not contents.is_linked(name)]
+    listed = [Removal(name, contents.usage(name).bytes, removals[name]) for name in own]
     return Cleaning(contents, listed, unclear, sorted(contents.held(ABANDONED_SECONDS)))
 
 
-def _dropped(works: Sequence[StoredWork], names: Sequence[str]) -> dict[str, str]:
+def _dropped(works: Sequence[StoredWork], names: Sequence[str], old: float) -> dict[str, str]:
     """Return the folders of the work that `names` match, with reasons; of a search, also its trials.
 
-    Trials that were evaluated as runs, or belong to another search too, are kept.
+    Work that changed after the time `old` is kept. So are trials that were evaluated as runs, or belong to another
+    search too, and base runs of searches.
     """
     dropped: dict[str, str] = {}
     for name in names:
@@ -165,22 +179,26 @@ def _dropped(works: Sequence[StoredWork], names: Sequence[str]) -> dict[str, str
             near = get_close_matches(pattern, [w.folder for w in works], 1)
             hint = f"did you mean {near[0]}?" if near else "`rmdd runs` lists all names"
             raise ValueError(f"--run {name}: no run, sweep, search, comparison or coreset has this folder; {hint}")
-        dropped |= {work.folder: f"named by --run {name}" for work in matches}
-    others = {trial for w in works if w.kind == "search" and w.folder not in dropped for trial in _trials(w)}
-    for work in [w for w in works if w.kind == "search" and w.folder in dropped]:
-        for trial in _trials(work) - others:
+        if linked := [work.folder for work in matches if work.contents.is_linked(work.folder)]:
+            raise ValueError(f"--run {name}: {linked[0]} is a link or lies in a linked folder; remove it by hand")
+        dropped |= {w.folder: f"named by --run {name}" for w in matches if w.contents.usage(w.folder).changed <= old}
+    searches = [(work, *_trials(work)) for work in works if work.kind == "search"]
+    others = {base for _, base, _ in searches}
+    others |= {trial for work, _, trials in searches if work.folder not in dropped for trial in trials}
+    for work, _, trials in searches:
+        for trial in trials - others if work.folder in dropped else ():
             evaluated = f"{trial}/evaluation.json" in work.contents.files
-            if not evaluated and work.contents.usage(trial).changed:
+            if not evaluated and 0 < work.contents.usage(trial).changed <= old and not work.contents.is_linked(trial):
                 dropped.setdefault(trial, f"a trial of {work.folder}")
     return dropped
 
 
-def _trials(search: StoredWork) -> set[str]:
-    """Return the folders of a search's trials and of its base run; none if they cannot be read."""
+def _trials(search: StoredWork) -> tuple[str, set[str]]:
+    """Return the folder of a search's base run, and those of its trials; none if they cannot be read."""
     try:
-        return {search.run.folder_name, *search.members}
+        return search.run.folder_name, set(search.members)
     except ERRORS:
-        return set()
+        return "", set()
 
 
 def _is_of_another_version(work: StoredWork) -> bool:

@@ -68,12 +68,19 @@ class Contents:
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def name_in(self, path: Path) -> str | None:
-        """Return the name of a path in this storage, also if it leads there by links; None for other paths."""
+    def names_in(self, path: Path) -> Iterator[str]:
+        """Yield the names of a path in this storage: as it is written, and without links. Other paths have none."""
         for inner, root in ((path.absolute(), self.root), (path.resolve(), self.root.resolve())):
             if inner.is_relative_to(root) and inner != root:
-                return inner.relative_to(root).as_posix()
-        return None
+                yield inner.relative_to(root).as_posix()
+
+    def is_linked(self, name: str) -> bool:
+        """Return whether a file or folder is a link, or lies in a linked folder, so that others may own it."""
+        return (self.root / name).resolve() != self.root.resolve() / name
+
+    def again(self) -> "Contents":
+        """List the files of the storage again."""
+        return Contents(self.storage, _files(self.storage))
 
     def held(self, seconds: float = EXPIRES) -> set[str]:
         """Return the folders in which a process works: of this machine, or of another whose lease changed lately.
@@ -120,8 +127,10 @@ def _files(storage: Storage) -> dict[str, Stamp]:
         storage.fetch(root, lambda name: name.rpartition("/")[2] in DESCRIPTIONS)
         return storage.remote.list("")
     files, visited = {}, set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:
+    for folder, folders, names in os.walk(root, followlinks=True):  # linked folders may hold work that needs something
+        real = Path(folder).resolve()
+        linked_inside = real.is_relative_to(root.resolve()) and real != root.resolve() / Path(folder).relative_to(root)
+        if real in visited or linked_inside:
             folders.clear()
             continue
         visited.add(real)

@@ -18,8 +18,7 @@ from rmdd.artefact import distilled
 from rmdd.comparisons import transfer
 from rmdd.core.files import is_temporary, read_json
 from rmdd.inventory.contents import Contents
-from rmdd.runs.needs import needs_of_probes, needs_of_run, paths_in
-from rmdd.runs.paths import dataset_folder
+from rmdd.runs.needs import datasets_of, needs_of_probes, needs_of_run, paths_in
 
 ERRORS = (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError)
 """Errors of reading files of another version, or damaged ones."""
@@ -88,8 +87,7 @@ class StoredWork:
 
         Each is relative to the storage, and may be missing.
         """
-        names = map(self.contents.name_in, self._needed())
-        return {name for name in names if name is not None}
+        return {name for path in self._needed() for name in self.contents.names_in(path)}
 
     def _needed(self) -> Iterator[Path]:
         root = self.contents.root
@@ -150,7 +148,7 @@ def _of_comparison(work: StoredWork) -> Iterator[Path]:
         runs += [(transfer.target(run, to), work.path / "towers" / f"{k:02d}") for k, to in enumerate(raw["to"], 1)]
     budgets = [int(w.partition(":")[2]) for w in raw["words"] if w.startswith("random:")]
     for one, folder in runs:
-        yield dataset_folder(one)
+        yield from datasets_of(one, folder)
         for budget in (one.distill.budget, *budgets):
             changed = one.model_copy(update={"distill": one.distill.model_copy(update={"budget": budget})})
             if (paths := paths_in(changed, folder)) is not None:

@@ -42,10 +42,7 @@ def needs_of_run(run: config.Run, folder: Path) -> Iterator[Path]:
     `folder` has the results of the run. The folders that are yielded may be missing.
     """
     root = root_of(run.runtime)
-    yield dataset_folder(run)
-    if (folder / "data.json").is_file():  # `data.root` may be relative to the folder in which the run was started
-        yield Path(read_json(folder / "data.json")["path"])
-    yield from (probe_dataset(run.data, probe, root) for probe in run.evaluate.probes.values())
+    yield from datasets_of(run, folder)
     yield from needs_of_probes(folder)
     if (folder / "set" / DESCRIPTION).is_file():
         made_from = read_json(folder / "set" / DESCRIPTION)["provenance"]
@@ -61,6 +58,16 @@ def needs_of_run(run: config.Run, folder: Path) -> Iterator[Path]:
     if isinstance(method, TunedMethod):
         tuned = method.tuned_folder(root, dataset.hash)
         yield from (tuned, tuned.with_name(f"fused-{tuned.name}"))
+
+
+def datasets_of(run: config.Run, folder: Path) -> Iterator[Path]:
+    """Yield the paths that the datasets of a run and of its probes may have; `folder` has the results of the run."""
+    root = root_of(run.runtime)
+    paths = [dataset_folder(run), *(probe_dataset(run.data, probe, root) for probe in run.evaluate.probes.values())]
+    if (folder / "data.json").is_file():  # `data.root` may be relative to the folder in which the run was started
+        paths.append(Path(read_json(folder / "data.json")["path"]))
+    for path in paths:
+        yield from (path, root / "data" / path.name)  # the storage may have been moved since the run
 
 
 def needs_of_probes(folder: Path) -> Iterator[Path]:

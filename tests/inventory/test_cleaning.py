@@ -195,7 +195,8 @@ def test_dropped_work_takes_with_it_only_what_others_do_not_need(seed, storage):
     draw = random.Random(seed)
     with open_contents(str(storage)) as contents:
         needs = {work.folder: work.needs() for work in works_in(contents)}
-    trials = {name for name in needs if name.startswith("searched-")}
+    (search,) = storage.glob("searches/searched-*")
+    trials = {name for name in needs if name.startswith("searched-")} - {base_run_in(search).folder_name}
     work = sorted(needs.keys() - trials)
     dropped = set(draw.sample(work, draw.randint(1, len(work))))
     for name in work:  # what a kept sweep, search or comparison needs cannot be dropped
@@ -256,6 +257,21 @@ def test_nothing_is_removed_while_a_process_works_in_the_storage(storage):
     assert contents_of(storage) == before
 
 
+def test_everything_is_put_back_if_something_cannot_be_moved(storage, monkeypatch):
+    orphans(storage, random.Random(3))
+    before, real = contents_of(storage), os.replace
+
+    def replace(source, target):
+        if str(target).endswith(".old") and "phases" in str(source):
+            raise PermissionError(13, "no", str(source))
+        real(source, target)
+
+    monkeypatch.setattr("rmdd.inventory.cleaning.os.replace", replace)
+    with pytest.raises(PermissionError):
+        clean(storage)
+    assert contents_of(storage) == before
+
+
 def test_everything_is_put_back_if_a_run_starts_meanwhile(storage):
     orphans(storage, random.Random(3))
     with open_contents(str(storage)) as contents:
@@ -275,6 +291,73 @@ def test_work_of_another_version_is_kept_with_everything_that_it_may_need(storag
     words = command(storage).stdout
     assert f"cannot tell what {folder.name} need" in words and "gone: unknown key" in words
     assert {name.split("/")[0] for name in clean(storage, folder.name)} >= {"experts", "phases", "data", folder.name}
+
+
+@pytest.mark.parametrize(
+    "file", ["sweeps/*/sweep.json", "searches/*/search.json", "comparisons/swept-[0-9a-f]*/comparison.json"]
+)
+def test_no_run_is_dropped_that_work_of_another_version_may_need(file, storage):
+    (file,) = storage.glob(file)
+    file.write_text("{}")
+    run, owner = works.run_of(storage, "trained", experts={"seed": 1}).folder_name, file.parent.relative_to(storage)
+    with pytest.raises(ValueError, match=f"cannot tell whether {owner} needs {run}; drop it too with --run {owner}"):
+        clean(storage, run)
+    assert {run, str(owner)} <= clean(storage, run, str(owner), yes=False)
+
+
+def test_work_that_changed_lately_is_not_dropped(storage):
+    run = works.run_of(storage, "trained", experts={"seed": 1}).folder_name
+    store = {name for name in clean(storage, run, yes=False) if name.startswith("experts/")}
+    assert store and clean(storage, "trained-*", older_than=30 * 86400.0) == set()
+    for file in storage.glob(f"{run}/**/*"):
+        os.utime(file, (0, 0))
+    assert clean(storage, "trained-*", older_than=30 * 86400.0) == {run}
+
+
+def test_the_base_run_of_a_dropped_search_stays(storage):
+    (search,) = (p.relative_to(storage).as_posix() for p in storage.glob("searches/searched-*"))
+    base = base_run_in(storage / search).folder_name
+    touch(storage / base / "run.yaml", config.dump(base_run_in(storage / search)))
+    removed = clean(storage, search)
+    assert search in removed and base not in removed and any(name.startswith("searched-") for name in removed)
+
+
+def test_the_dataset_of_a_run_stays_after_the_storage_was_moved(storage, tmp_path, monkeypatch):
+    data = next(storage.glob("data/*/manifest.json")).parent
+    monkeypatch.chdir(tmp_path)
+    for name, root in {"absolute": data, "relative": data.relative_to(tmp_path)}.items():
+        tiny.go(works.run_of(storage, name, data={"source": "dataset", "root": str(root)}), "ingest")
+    monkeypatch.chdir("/")
+    with open_contents(str(storage.rename(tmp_path / "moved"))) as contents:
+        needs = {work.folder.rpartition("-")[0]: work.needs() for work in works_in(contents)}
+    assert f"data/{data.name}" in needs["absolute"] & needs["relative"]
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_removed_through_a_link(storage, tmp_path):
+    other = tmp_path / "other"
+    write_json(other / "storage.json", {"layout": 2})
+    (other / "experts").symlink_to(storage / "experts")
+    (other / "baselines").mkdir()
+    folder = next((storage / "baselines").glob("[0-9a-f]*"))
+    (other / "baselines" / folder.name).symlink_to(folder)
+    (other / "linked").symlink_to(next(storage.glob("trained-*")))
+    before = contents_of(storage)
+    assert clean(other) == set() and contents_of(storage) == before
+    with pytest.raises(ValueError, match="linked is a link"):
+        clean(other, "linked")
+
+
+def test_a_link_inside_the_storage_is_no_work(storage):
+    (folder,) = storage.glob("trained-*")
+    (storage / "latest").symlink_to(folder.name)
+    (storage / "again.yaml").symlink_to(f"{folder.name}/run.yaml")
+    with open_contents(str(storage)) as contents:
+        assert "latest" not in {work.folder for work in works_in(contents)}
+    orphans(storage, random.Random(5))
+    assert clean(storage) and (storage / "latest").is_symlink()
 
 
 def test_a_run_whose_phases_have_other_names_in_this_version_keeps_everything(storage):
