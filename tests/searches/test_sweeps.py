@@ -59,7 +59,7 @@ def test_every_combination_is_run_and_shares_what_it_can(swept):
         ("lors", 1),
     ]
     assert not result.failed and len({row["folder"] for row in result.runs}) == 4
-    assert [len(list((storage / part).glob("*/"))) for part in ("data", "experts", "phases")] == [1, 1, 4]
+    assert [len(list((storage / part).glob("[!.]*/"))) for part in ("data", "experts", "phases")] == [1, 1, 4]
     assert all((storage / row["folder"] / "report.html").is_file() for row in result.runs)
 
 
