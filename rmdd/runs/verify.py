@@ -12,7 +12,7 @@ from typing import Any
 from rmdd import config
 from rmdd.artefact import distilled
 from rmdd.core.checks import DiskCheck, Findings, Format
-from rmdd.core.files import is_temporary, read_json
+from rmdd.core.files import read_json
 from rmdd.core.layout import ADVICE_FOR_COPIES, FILE, LAYOUT, layout_of
 from rmdd.core.storage import Mirror, Storage, is_uri
 from rmdd.coresets import subset
@@ -107,7 +107,7 @@ def _check_all(form: Format, storage: Path, check: DiskCheck) -> None:
 
 
 def folders(path: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in path.glob(pattern) if p.is_dir() and not is_temporary(p.name))
+    return sorted(p for p in path.glob(pattern) if p.is_dir() and not p.name.startswith("."))
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

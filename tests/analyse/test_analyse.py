@@ -123,7 +123,9 @@ def test_the_collapse_table_has_teacher_and_student(trained, ink):
     val = [store.record(e)["metrics"][3]["val"] for e in (0, 1)]
     assert result["rows"][1]["teacher"] == pytest.approx(sum(val) / 2)
     assert all(0 <= r["student"] <= 100 for r in result["rows"])
-    assert len(list((trained / "runs" / "experts").glob("[!.]*/"))) == 1, "all cells of the table must share the experts"
+    assert len(list((trained / "runs" / "experts").glob("[!.]*/"))) == 1, (
+        "all cells of the table must share the experts"
+    )
 
 
 def test_a_cell_of_the_collapse_is_one_phase_with_the_whole_budget():

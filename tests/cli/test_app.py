@@ -221,7 +221,8 @@ def test_check_writes_nothing_and_counts_pairs_and_cost(workdir):
     assert not list(workdir.iterdir())
 
 
-def test_check_prints_the_recipe_and_the_values_of_the_method_that_files_replace(workdir):
+def test_check_prints_the_recipe_and_the_values_of_the_method_that_files_replace(workdir, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a table wider than the terminal would be turned
     (workdir / "mine.yaml").write_text("extends: demo\ndistill: {method: lors, ema: 0.5}\n")
     words = ("check", "mine.yaml", *sets("distill.lr_text=7"))
     recipe = json.loads(rmdd_(*words, "--json").stdout)["recipe"]

@@ -48,7 +48,8 @@ def test_a_shell_completes_commands_options_and_presets(line, expected):
     assert expected and done.stdout.split() == expected
 
 
-def test_the_script_for_completion_is_printed():
+def test_the_script_for_completion_is_printed(monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # the test runner is no shell
     assert "complete -o default" in rmdd_("--show-completion", "bash").stdout
 
 

@@ -120,7 +120,7 @@ def test_a_killed_sweep_resumes_and_gives_the_same_sets(swept, tmp_path):
         time.sleep(0.02)
     process.kill()
     modified = {path: path.stat().st_mtime_ns for path in sets}
-    (folder,) = tmp_path.glob("runs/sweeps/*/")
+    (folder,) = tmp_path.glob("runs/sweeps/[!.]*/")
     rows = json.loads(done("resume", folder, "--json"))["runs"]
     assert [(r["val"], r["test_last"]) for r in rows] == [(r["val"], r["test_last"]) for r in result.runs]
     assert modified == {path: path.stat().st_mtime_ns for path in sets}
