@@ -94,7 +94,8 @@ def values_for(file: FileValues, recipe: Recipe) -> dict[str, Any]:
         unknown = set(options if isinstance(options, Mapping) else ()) - set(recipe.Options.model_fields)
         return without(file.values, {f"distill.options.{name}" for name in unknown})
     own = {*leaves(recipe.defaults), *leaves(other.defaults if other else {})}
-    return without(file.values, {*GIVE_WAY, *own})
+    of_any_method = tuple(f"distill.{name}." for name in OF_ANY_METHOD)
+    return without(file.values, {*GIVE_WAY, *(name for name in own if not f"{name}.".startswith(of_any_method))})
 
 
 def without(values: Mapping[Any, Any], names: set[str], before: str = "") -> dict[Any, Any]:

@@ -78,7 +78,7 @@ def members(
     Keys are dotted fields. `load(overrides)` loads a run. Raises `ConfigError` with the mistakes of all runs.
     """
     by_hash: dict[str, Member] = {}
-    mistakes: list[str] = []
+    mistakes = [f"{key} has no values to try; give at least one" for key, values in over.items() if not values]
     for fixed, values in itertools.product(list(settings) or [{}], itertools.product(*over.values())):
         chosen = {**fixed, **dict(zip(over, values, strict=True))}
         if shared := [key for key in chosen if key.split(".")[0] in ("runtime", "name")]:
@@ -107,6 +107,8 @@ def members_of_files(
 
     Raises `ConfigError` if a run occurs twice, or if the files have different values in the section `runtime`.
     """
+    if not sources:
+        raise config.ConfigError(["there is no run file; give at least one"], "sweep")
     runs: list[Member] = []
     mistakes: list[str] = []
     for source in dict.fromkeys(map(str, sources)):

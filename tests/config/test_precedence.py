@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+import rmdd
 from rmdd import config, methods
 from rmdd.config import ConfigError, load
 from rmdd.config.precedence import GIVE_WAY, OF_ANY_METHOD, leaves, value_of
@@ -127,6 +128,13 @@ def test_phases_that_replace_those_of_a_preset_fit_its_budget():
     assert load("emoji_ptm_st_500", ["data.root=x", "distill.method=tesla_vl"]).distill.phases[0].pairs == 500
 
 
+@pytest.mark.parametrize(("preset", "budget"), [("demo", 50), ("emoji_ptm_st_100", 100)])
+def test_the_budget_of_a_preset_stays_also_if_the_method_has_one_of_its_own(preset, budget):
+    rule = load({"extends": preset, "data": {"root": "x"}, "distill": {"method": "edge"}}).distill
+    assert value_of(methods.find("edge").defaults, "distill.budget") == 500
+    assert (rule.budget, [phase.pairs for phase in rule.phases]) == (budget, [budget])
+
+
 def test_options_of_another_method_are_dropped_from_the_users_file(tmp_path):
     file = write(tmp_path, {"distill": {"method": "mct", "options": {"anchors": 3, "rate_branches": "same"}}})
     assert load(file, ["distill.method=lors"]).distill.options == {"rate_branches": "same"}
@@ -152,6 +160,14 @@ def test_a_sweep_can_run_a_preset_of_each_method():
         members_of_files(["demo", "flickr30k_lors_100"], load, sets, {})
     with pytest.raises(ConfigError, match="config=./demo.yaml and config=demo are the same run"):
         members_of_files(["demo", "./demo.yaml"], lambda name, chosen: load("demo", chosen), [], {})
+
+
+def test_a_sweep_of_nothing_is_a_mistake_that_is_named():
+    with pytest.raises(ConfigError, match="there is no run file; give at least one"):
+        rmdd.sweep([], {})
+    for source in ("demo", ["demo"]):
+        with pytest.raises(ConfigError, match="distill.seed has no values to try; give at least one"):
+            rmdd.sweep(source, {"distill.seed": []})
 
 
 def test_a_resumed_search_keeps_what_the_user_stated():
