@@ -146,10 +146,16 @@ def text(distilled: DistilledSet) -> str:
     )
 
 
+def train_pairs(distilled: DistilledSet) -> int | None:
+    """Return the number of pairs on which the experts of a set were trained; None if the set does not say."""
+    data, limit = distilled.provenance.get("data"), distilled.config.get("data", {}).get("train_limit")
+    pairs: int | None = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
+    return min(pairs, limit) if pairs and limit else pairs
+
+
 def _results(distilled: DistilledSet) -> str:
     """Return Markdown tables of the scores: retrieval recalls, then every probe, then all other recorded scores."""
-    data = distilled.provenance.get("data")
-    pairs = data.get("counts", {}).get("train", {}).get("pairs") if isinstance(data, dict) else None
+    pairs = train_pairs(distilled)
     labels = {
         "random": "random real pairs, same budget",
         distilled.method: f"this set (`{distilled.method}`)",

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from rmdd.artefact import card
 from rmdd.artefact.distilled import DistilledSet, Subset
 from rmdd.config.order import in_words
 from rmdd.config.recipes import TITLES
@@ -120,7 +121,7 @@ def headline(distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
         against = f"{ours['mean'] / random['mean']:.1f} times the {random['mean']:.1f} of {pairs} random real pairs"
     else:
         against = f"{pairs} random real pairs reach 0"
-    total = _train_pairs(distilled)
+    total = card.train_pairs(distilled)
     all_pairs = f"all {total:,} training pairs" if total else "all training pairs"
     bound = ""
     if full["mean"] > 0:
@@ -165,15 +166,10 @@ def _spread(score: dict[str, float]) -> float:
     return 0.0 if _no_spread(score) else score["std"]
 
 
-def _train_pairs(distilled: DistilledSet) -> int | None:
-    pairs: int | None = distilled.provenance.get("data", {}).get("counts", {}).get("train", {}).get("pairs")
-    return pairs
-
-
 def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[str, float]) -> list[tuple[str, str]]:
     table = evaluation["table"]
     ours, full = (table[row]["test_last"]["R@mean"]["mean"] for row in (distilled.method, "full"))
-    train_pairs, total = _train_pairs(distilled), distilled.budget()["total"]
+    train_pairs, total = card.train_pairs(distilled), distilled.budget()["total"]
     share = f"{100 * distilled.num_pairs / train_pairs:.1f} %" if train_pairs else "unknown"
     return [
         (f"{ours:.1f}", "R@mean on test, after the last pass"),
@@ -185,7 +181,7 @@ def _tiles(distilled: DistilledSet, evaluation: dict[str, Any], seconds: dict[st
 
 
 def _labels(name: str, distilled: DistilledSet, evaluation: dict[str, Any]) -> dict[str, str]:
-    train_pairs = _train_pairs(distilled)
+    train_pairs = card.train_pairs(distilled)
     return {
         "random": f"random pairs ({evaluation['baseline']['pairs']})",
         distilled.method: f"{name} ({distilled.num_pairs})",

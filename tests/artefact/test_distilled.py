@@ -160,6 +160,8 @@ def test_the_card_has_one_row_of_scores_per_training_set():
     metrics["ptm_st"]["test_best_reference"] = {"R@mean": {"mean": 24.5, "std": 1.0, "n": 5}}
     provenance = {"data": {"counts": {"train": {"pairs": 1000}}}}
     text = card.text(replace(make_set(), metrics=metrics, provenance=provenance))
+    limited = replace(make_set(), metrics=metrics, provenance=provenance, config={"data": {"train_limit": 200}})
+    assert "| all 200 training pairs |" in card.text(limited)
     assert f"| random real pairs, same budget |{' 15.3 ± 1.6 |' * 7} 16.3 ± 1.6 | 5 |" in text
     assert f"| this set (`ptm_st`) |{' 23.6 ± 3.0 |' * 7} 24.6 ± 3.0 | 5 |" in text
     assert f"| all 1,000 training pairs |{' 92.4 |' * 7} 93.4 | 1 |" in text, "a single student has no spread"
