@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rmdd.config import Run, recipes
+from rmdd.config.precedence import SHAPING
 from rmdd.config.presets import preset_names
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -40,12 +41,18 @@ def run_file_schema() -> dict[str, Any]:
         "description": "name of a preset, or path of a YAML file: fields that are missing here get its values",
         "anyOf": [{"enum": preset_names()}, {"type": "string"}],
     }
+    for_any_method = {
+        "description": "written by a run: the values that hold if the method is changed later",
+        "type": "object",
+        "properties": {section: schema["properties"][section] for section in SHAPING},
+        "additionalProperties": False,
+    }
     return {
         "$schema": DIALECT,
         "title": "run file of rmdd",
         "description": "settings of a run; `rmdd run FILE` computes a distilled set and a report from them",
         "type": "object",
-        "properties": {"extends": extends, **schema["properties"]},
+        "properties": {"extends": extends, **schema["properties"], "for_any_method": for_any_method},
         "patternProperties": dict(_dotted(schema, parts)),
         "additionalProperties": False,
         "$defs": parts,

@@ -46,7 +46,8 @@ def test_the_examples_of_the_manual_are_valid(validator):
 
 
 def test_a_written_run_and_the_template_are_valid(validator):
-    assert mistakes(validator, parse(config.dump(config.load("demo", ["seed=4"])))) == []
+    written = parse(config.dump(config.load("demo", ["seed=4", "distill.batch=3"])))
+    assert written["for_any_method"] == {"distill": {"batch": 3}} and mistakes(validator, written) == []
     text = template({"extends": "demo", "name": "mine"}, {}, [])
     assert mistakes(validator, parse(text)) == [] == mistakes(validator, parse(re.sub(r"(?m)^#(?=\w)", "", text)))
 
