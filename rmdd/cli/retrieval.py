@@ -63,9 +63,12 @@ def search_images(
                 stage("pictures", {"done": done})
 
             gallery = opened.gallery(folder, show)
+        skipped = ", ".join(f"{number} {reason}" for reason, number in reasons(gallery.unreadable).items())
+        if not gallery.images:
+            found_files = f"none of the {len(gallery.unreadable)} pictures in {folder} and its subfolders can be read"
+            raise ValueError(f"{found_files} ({skipped}); give a folder with pictures")
         hits = opened.search(query, gallery, top)
     lines = [f"{score:6.3f}  {path}" for path, score in hits]
-    skipped = ", ".join(f"{number} {reason}" for reason, number in reasons(gallery.unreadable).items())
     lines.append(f"searched {len(gallery.images)} pictures{f'; could not read {skipped}' if skipped else ''}")
     found = [{"path": str(path), "score": score} for path, score in hits]
     facts = {"query": query, "hits": found, "pictures": len(gallery.images), "unreadable": dict(gallery.unreadable)}

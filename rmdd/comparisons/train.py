@@ -31,7 +31,7 @@ from rmdd.execution.backend import Backend, hold_folders, open_backend
 from rmdd.models.dual import DualEncoder
 from rmdd.models.prepared import PreparedSplit, SplitSource
 from rmdd.models.text import encoder_identity, text_width
-from rmdd.retrieval.model import RetrievalModel
+from rmdd.retrieval.model import RetrievalModel, check_replaceable
 from rmdd.runs.items import trained_expert
 from rmdd.runs.paths import dataset_folder
 from rmdd.runs.students import training_pairs
@@ -59,14 +59,15 @@ class Training:
 
     def execute(self, out: Path | None = None, progress: Progress | None = None) -> RetrievalModel:
         """Train the model, score it on val if the data of the run is there, and save it; return the saved model."""
-        progress = progress or Progress()
+        progress, out = progress or Progress(), out or self.folder
+        check_replaceable(out)
         if device_of(self.run.runtime) != local_device(self.run.runtime):
             progress.say("this machine has no GPU, so the student trains on the CPU")
         if self.entry.kind == "set":
-            return self._on_set(progress).save(out or self.folder)
+            return self._on_set(progress).save(out)
         work = self.run.runtime, root_of(self.run.runtime) / FOLDER / f"{self.folder.name}-train"
         with hold_folders(*work), open_backend(work[0], work[1] / "events.jsonl", progress) as backend:
-            return self._on_real_pairs(work[1], backend, progress).save(out or self.folder)
+            return self._on_real_pairs(work[1], backend, progress).save(out)
 
     def _on_set(self, progress: Progress) -> RetrievalModel:
         set_ = self.entry.distilled
@@ -89,6 +90,7 @@ class Training:
             pipeline.experts()
             encoder = trained_expert(pipeline.item(), self.student, pipeline.storage)
             pairs = pipeline.ingest().counts["train"]["pairs"]
+            pairs = min(pairs, self.run.data.limit_of("train") or pairs)
             facts: dict[str, Any] = {"pairs": pairs, "loss": "infonce", "epochs": self.run.experts.epochs}
             return self._model(encoder, (val.mean, val.std), facts | {"data_hash": data_hash}, val)
         row = pipeline.row(self.entry.name, self.entry)

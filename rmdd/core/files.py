@@ -88,7 +88,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder, which replaces the folder `path`, if there is one, when the block succeeds."""
+    """Yield a new temporary folder, which replaces the folder `path`, if there is one, when the block succeeds.
+
+    If `path` is a symbolic link, the folder that it names is replaced.
+    """
+    path = path.resolve() if path.is_symlink() else path
     with atomic_path(path) as folder:
         folder.mkdir()
         yield folder

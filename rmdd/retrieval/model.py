@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmdd import config
+from rmdd.config.runfile import validate
 from rmdd.core.checks import DiskCheck, Format
 from rmdd.core.files import read_json, replaced_folder, write_json
 from rmdd.core.tensors import Damaged, load_checked, save_checked
@@ -95,12 +96,12 @@ class RetrievalModel:
         """Device that computes the embeddings."""
         return next(self.encoder.parameters()).device
 
-    def encode_images(self, images: Iterable[Any]) -> Float[Tensor, "n D"]:
+    def encode_images(self, images: str | Path | Iterable[Any]) -> Float[Tensor, "n D"]:
         """Return an embedding of unit length for each image: a path, a PIL image, or an array of uint8 (H, W, 3).
 
         The embeddings are float32 on the CPU. Raises an error for an image that cannot be read.
         """
-        return self._embedded(list(images))[1]
+        return self._embedded([images] if isinstance(images, str | Path) else list(images))[1]
 
     def encode_texts(self, texts: Iterable[str]) -> Float[Tensor, "n D"]:
         """Return an embedding of unit length for each caption, as float32 on the CPU.
@@ -174,8 +175,7 @@ class RetrievalModel:
     def save(self, folder: Path | str) -> "RetrievalModel":
         """Write the model to a folder, which may hold an older model; return the model with the path of the folder."""
         folder = Path(folder).absolute()
-        if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-            raise ValueError(f"{folder} has other files and is no model; choose another folder")
+        check_replaceable(folder)
         with replaced_folder(folder) as temporary:
             save_checked(temporary / WEIGHTS, self.encoder.state_dict(), ENTRY, {})
             write_json(temporary / DESCRIPTION, self._description())
@@ -211,12 +211,8 @@ class RetrievalModel:
             raise ValueError("device cuda was asked for, and this machine has no GPU that torch can use; give cpu")
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"no model at {path}: {DESCRIPTION} is missing; give a folder that `rmdd train` wrote")
+        facts, towers, data = _read_description(path / DESCRIPTION)
         try:
-            facts = read_json(path / DESCRIPTION)
-            if facts["schema_version"] != SCHEMA_VERSION:
-                found = f"{path} has schema version {facts['schema_version']}, this rmdd reads {SCHEMA_VERSION}"
-                raise ValueError(f"{found}; use the version of rmdd that wrote the model, or train it again")
-            towers, data = config.Model(**facts["model"]), config.Data(**facts["data"])
             weights, _ = load_checked(path / WEIGHTS, ENTRY)
             initial = towers.model_copy(update={"image": towers.image.model_copy(update={"weights": "random"})})
             encoder = build(initial, facts["text_width"], data.image_size, 0, "student")
@@ -234,6 +230,34 @@ class RetrievalModel:
 
 
 load_model = RetrievalModel.load
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise `ValueError` if a model cannot be written to `folder`, because that is a file or has files of no model."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+        raise ValueError(f"{folder} has other files and is no model; choose another folder")
+
+
+def _read_description(file: Path) -> tuple[dict[str, Any], config.Model, config.Data]:
+    """Return the description of a model, and its sections `model` and `data`. Raises `ValueError` if it is damaged."""
+    try:
+        facts = read_json(file)
+        if (found := facts["schema_version"]) != SCHEMA_VERSION:
+            mistakes = [f"it has schema version {found}, this rmdd reads {SCHEMA_VERSION}"]
+        else:
+            towers, wrong = validate(config.Model, facts["model"])
+            data, also_wrong = validate(config.Data, facts["data"])
+            mistakes = [*(f"model.{mistake}" for mistake in wrong), *(f"data.{mistake}" for mistake in also_wrong)]
+            if towers and data:
+                return facts, towers, data
+    except (ValueError, KeyError, TypeError) as error:
+        mistakes = [f"{type(error).__name__}: {error}"]
+    raise ValueError(
+        f"{file} is damaged, or from another version of rmdd: {'; '.join(mistakes)}; copy the model again, use the "
+        "version of rmdd that wrote it, or train it again"
+    )
 
 
 def reasons(unreadable: Mapping[str, str]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from rmdd.models.text import encoder_identity
 from rmdd.retrieval.model import RetrievalModel
 
 SCENES = changed(
-    data={"image_size": 24, "scenes": {"train": 150, "val": 10, "test": 30, "size": 32}},
+    data={"image_size": 24, "train_limit": 150, "scenes": {"train": 160, "val": 10, "test": 30, "size": 32}},
     model={"image": {"widths": [24]}, "text": {"width": 128}, "width": 48},
     experts={"epochs": 4},
 )
@@ -95,6 +95,8 @@ def test_paths_pictures_and_arrays_have_the_same_embeddings(model, unseen):
     forms = [str(file), file, picture, np.asarray(picture.convert("RGB")), torch.tensor(np.asarray(picture))]
     embeddings = model.encode_images(forms)
     assert (embeddings == embeddings[0]).all()
+    for alone in (model.encode_images(str(file)), model.encode_images(file)):
+        assert alone.shape[0] == 1 and (alone == embeddings[0]).all()
     (hit,) = model.search("a red ring", [picture], top=5)
     assert hit.path is picture
     assert (model.encode_texts(["a red ring"]) == model.encode_texts("A red  RING.")).all()
@@ -132,6 +134,13 @@ def test_search_images_prints_hits_and_counts_files_that_cannot_be_read(model, u
     assert facts["pictures"] == 30 and list(facts["unreadable"]) == [str(pictures / "broken.png")]
     assert text.splitlines()[0].split() == [f"{expected[0].score:.3f}", str(expected[0].path)]
     assert "searched 30 pictures; could not read 1 undecodable" in text
+    (storage / "broken").mkdir()
+    (storage / "broken" / "one.png").write_bytes(b"no picture")
+    none = CliRunner().invoke(app, ["search-images", str(storage / "model"), "a ring", str(storage / "broken")])
+    assert (
+        none.exit_code == 1
+        and f"none of the 1 pictures in {storage / 'broken'} and its subfolders can be read (1 und" in none.stderr
+    )
     missing = CliRunner().invoke(app, ["search-images", str(storage / "model"), "a ring", str(storage / "no")])
     assert missing.exit_code == 2 and "this folder does not exist" in missing.stderr
 
@@ -157,6 +166,35 @@ def test_damage_of_a_model_is_named(model, storage, tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="has other files and is no model"):
         model.save(tmp_path / "other")
+    for name, found in (("other", "has other files and is no model"), ("other/file", "is a file")):
+        with pytest.raises(ValueError, match=found):
+            rmdd.train(stored(tmp_path / "runs", SCENES), "all", out=tmp_path / name, progress=QUIET)
+    assert not (tmp_path / "runs").exists(), "the folder is checked before the training"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ('{', "{{", "Expecting property name"),
+        ('"width": 48', '"width": 48, "colour": 1', "model.colour"),
+        ('"image_size": 24', '"image_size": "large"', "data.image_size"),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_newer_description_of_a_model_is_named(model, tmp_path, before, after, named):
+    file = model.save(tmp_path / "copied").path / "model.json"
+    file.write_text(file.read_text().replace(before, after, 1))
+    with pytest.raises(ValueError, match=f"model.json is damaged, or from another version of rmdd: .*{named}") as error:
+        rmdd.load_model(file.parent)
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
+
+
+def test_a_model_is_saved_in_the_folder_that_a_link_names(model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        assert model.save(tmp_path / "link").path == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model.json").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_the_card_shows_how_to_use_the_model(model, storage, unseen, monkeypatch, capsys):
