@@ -32,10 +32,29 @@ class Scenes(Section):
     seed: int = Field(0, description="random seed with which the images are generated")
 
 
-class TableSource(Section):
-    """The source `table`: a folder of images and one CSV, TSV, JSONL or Parquet table."""
+class Annotations(Section):
+    """Annotation files or tables, one per split, relative to data.root."""
 
-    file: str = Field("captions.csv", description="path of the table, relative to data.root")
+    train: str | None = Field(None, description="file of the split train")
+    val: str | None = Field(None, description="file of the split val, on which all choices are made")
+    test: str | None = Field(None, description="file of the split test, for the final score")
+
+    def clashes(self) -> list[Clash]:
+        empty = "data.annotations or data.table.file is an empty mapping; set it to {train: ..., val: ..., test: ...}"
+        return [] if self.files else [Clash(empty, "data.annotations", "data.table.file", "train", "val", "test")]
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {split: file for split, file in self if file is not None}
+
+
+class TableSource(Section):
+    """The source `table`: a folder of images and one CSV, TSV, JSONL or Parquet table, or a table per split."""
+
+    file: str | Annotations = Field(
+        "captions.csv",
+        description="path of the table, relative to data.root; or a path per split: {train: ..., val: ...}",
+    )
     image: str = Field("image", description="name of the column with the path of the image file")
     caption: str = Field("caption", description="name of the column with a caption or a list of captions")
     split: str | None = Field(
@@ -57,7 +76,7 @@ class ImageFolder(Section):
     )
     caption: str | None = Field(
         None,
-        description="column with a caption or a list of captions; null: text, caption, captions, prompt or description",
+        description="column with a caption or a list of captions; null: caption, captions, text or a similar name",
     )
     split: str | None = Field(
         "split", description="column with train, val or test; if missing or null, split by folder name or hash"
@@ -111,22 +130,6 @@ class HuggingFace(Section):
     split: str | None = Field(
         "split", description="column with train, val or test; if missing or null, split as the dataset or by a hash"
     )
-
-
-class Annotations(Section):
-    """Annotation files of the source `lists`, one per split, relative to data.root."""
-
-    train: str | None = Field(None, description="annotation file of the split train")
-    val: str | None = Field(None, description="annotation file of the split val, on which all choices are made")
-    test: str | None = Field(None, description="annotation file of the split test, for the final score")
-
-    def clashes(self) -> list[Clash]:
-        empty = "data.annotations is empty; set it to {train: ..., val: ..., test: ...}"
-        return [] if self.files else [Clash(empty, "data.annotations", "train", "val", "test")]
-
-    @property
-    def files(self) -> dict[str, str]:
-        return {split: file for split, file in self if file is not None}
 
 
 class Splits(Section):
@@ -206,7 +209,8 @@ class Data(Section):
     splits: Splits = Field(Splits(), json_schema_extra=hash_only("run", "ingest"))
     train_limit: PositiveInt | None = Field(
         None,
-        description="use only the first N pairs of train, so that a first run on large data ends soon; null: all pairs",
+        description="use only N pairs of train, which a hash of their ids draws, so that a first run on large data "
+        "ends soon; null: all pairs",
         json_schema_extra=hash_only("run", "view"),
     )
     duplicates: Literal["keep", "drop"] = Field(

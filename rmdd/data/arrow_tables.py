@@ -32,9 +32,9 @@ def lists_paths(file: Any, schema: pa.Schema, data: Data) -> bool:
     Raises `ValueError` if a column is missing or has an unusable type.
     """
     rule = getattr(data, data.source)
-    _check(file, schema, rule.image, f"data.{data.source}.image", "{bytes, path}, binary or paths", _holds_images)
+    _check(file, schema, rule.image, f"data.{data.source}.image", "{bytes, path}, binary or paths", holds_images)
     _check(file, schema, rule.caption, f"data.{data.source}.caption", "text or a list of texts", _holds_text)
-    return _is_text(_types(schema, rule.image)[0])
+    return is_text(_types(schema, rule.image)[0])
 
 
 def columns(schema: pa.Schema, data: Data) -> list[str]:
@@ -145,20 +145,22 @@ def _text_inside(kind: pa.DataType) -> str | None:
     return next((field.name for field in fields if _holds_text(field.type)), None)
 
 
-def _holds_images(kind: pa.DataType) -> bool:
+def holds_images(kind: pa.DataType) -> bool:
+    """Return whether a column of this type can hold images or paths of images."""
     if pa.types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
-        return _is_binary(fields.get("bytes", pa.null())) or _is_text(fields.get("path", pa.null()))
-    return _is_binary(kind) or _is_text(kind)
+        return _is_binary(fields.get("bytes", pa.null())) or is_text(fields.get("path", pa.null()))
+    return _is_binary(kind) or is_text(kind)
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    return _is_text(_element(kind))
+    return is_text(_element(kind))
 
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

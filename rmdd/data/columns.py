@@ -12,6 +12,9 @@ from typing import Any
 
 from rmdd.data.source import as_captions
 
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences", "description", "prompt", "alt_text")
+"""Usual names of the column of captions, in the order in which they are looked for."""
+
 
 def columns_of(name: str, columns: Collection[str]) -> list[str]:
     """Return those of `columns` that `name` selects; an empty list if there is none."""

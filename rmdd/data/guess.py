@@ -11,8 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rmdd.data.arrow_tables import holds_images, is_text
+from rmdd.data.columns import CAPTION_COLUMNS, columns_of
 from rmdd.data.layouts import read_text
-from rmdd.data.shards import MANIFEST
+from rmdd.data.shards import MANIFEST, SPLITS
 from rmdd.data.source import SPLIT_NAMES
 from rmdd.data.sources.table import records
 from rmdd.data.sources.webdataset import IMAGES
@@ -29,7 +31,6 @@ IMAGE_COLUMNS = (
     "image_file",
     "name",
 )
-CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences", "description", "prompt", "alt_text")
 SPLIT_COLUMNS = ("split", "subset", "partition", "set", "fold")
 """Usual names of the columns of a table, the most usual ones first."""
 
@@ -117,17 +118,63 @@ def _of_files(folder: Path, files: Sequence[Path]) -> Iterator[Guess]:
     if lists:
         yield from _of_lists(lists, folder)
     tables = [file for suffix in _TABLES for file in by_suffix.get(suffix, [])[:20]]
+    groups = _by_split(tables)
+    for group in groups:
+        yield from _of_split_tables(group, folder)
+    tables = [file for file in tables if not any(file in group.values() for group in groups)]
+    tables.sort(key=lambda file: (file.suffix == ".txt", len(file.parts), -file.stat().st_size))
     for file in tables:
         for guess in _of_table(file, folder, islice(records(file), _ROWS)):
-            others = [other.name for other in tables if other.parent == file.parent and other != file]
+            others = [str(other.relative_to(folder)) for other in tables if other != file and other.suffix != ".txt"]
             if others and "table" in guess.values:
-                guess.remarks.append(f"other tables beside it are not read: {', '.join(others[:3])} (data.table.file)")
+                text = f"the largest table is read, and not {', '.join(others[:3])}; data.table.file can name another"
+                guess.remarks.append(text)
             yield guess
     if shards := by_suffix.get(".parquet"):
         yield from _of_parquet(shards, folder)
     if tars := by_suffix.get(".tar"):
         guess = _guess("webdataset", folder, f"{_names(tars, folder)} has images with their captions")
         yield _with_files(guess, "webdataset", tars, folder)
+
+
+def _by_split(files: Sequence[Path]) -> list[dict[str, Path]]:
+    """Return the files that are named after splits, such as mine_train.csv and mine_val.csv, by split."""
+    groups: dict[tuple[Path, str, str], dict[str, Path]] = {}
+    for file in files:
+        words = re.split(r"([^a-z]+)", file.stem.lower())
+        if named := [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]:
+            rest = "".join(word for word in words if word not in SPLIT_NAMES)
+            groups.setdefault((file.parent, rest, file.suffix), {}).setdefault(named[-1], file)
+    return [
+        {split: group[split] for split in SPLITS if split in group}
+        for group in groups.values()
+        if len(group) > 1 and "train" in group
+    ]
+
+
+def _of_split_tables(tables: dict[str, Path], folder: Path) -> Iterator[Guess]:
+    """Guess the columns of tables that are named after splits, from the table of train."""
+    for guess in _of_table(tables["train"], folder, islice(records(tables["train"]), _ROWS)):
+        if guess.why_not:
+            yield guess
+            continue
+        table, root = guess.values["table"], Path(guess.values["root"])
+        table.pop("split", None)
+        table["file"] = {}
+        for split, file in tables.items():
+            rows = [row for _, row in islice(records(file), 40)]
+            if missing := [table[of] for of in ("image", "caption") if rows and not columns_of(table[of], rows[0])]:
+                guess.remarks.append(f"{file.name} is not read, because it has no column {' and '.join(missing)}")
+                continue
+            found, share = root_of([row.get(table["image"]) for row in rows], file.parent)
+            if share and found != root:
+                text = f"image paths in {tables['train'].name} are relative to {root}, and those in {file.name} to "
+                yield Guess(why_not=f"{text}{found}; write one table with a column split, and paths below one folder")
+                return
+            table["file"][split] = os.path.relpath(file, root)
+        read = ", ".join(f"{os.path.basename(name)} as {split}" for split, name in table["file"].items())
+        guess.remarks.insert(0, f"tables are named after splits: {read}")
+        yield guess
 
 
 def _guess(source: str, root: Path, remark: str, **values: Any) -> Guess:
@@ -140,9 +187,11 @@ def _names(files: Sequence[Path], folder: Path) -> str:
 
 
 def _with_files(guess: Guess, source: str, files: Sequence[Path], folder: Path) -> Guess:
-    """Add the pattern of the files, if they are a single one."""
-    if len(files) == 1:
-        guess.values[source] = {**guess.values.get(source, {}), "files": str(files[0].relative_to(folder))}
+    """Add the pattern of the files in `folder` unless they are several files of the root."""
+    root = Path(guess.values["root"])
+    if len(files) == 1 or root != folder:
+        pattern = files[0] if len(files) == 1 else folder / f"**/*{files[0].suffix}"
+        guess.values[source] = {**guess.values.get(source, {}), "files": str(pattern.relative_to(root))}
     return guess
 
 
@@ -211,8 +260,7 @@ def _of_table(file: Path, folder: Path, rows: Iterator[tuple[str, dict[str, Any]
             missing = "no column holds paths of images that exist" if share < 0.5 else "no column holds captions"
             paths = [name for name in columns if any(str(v).lower().endswith(IMAGES) for v in values[name][:5])]
             for name in paths[:1] if share < 0.5 else ():
-                missing = f"the images of column {name} do not exist, such as {values[name][0]}"
-                missing += "; write their paths relative to the table or to a folder beside it"
+                missing = _not_found(name, values[name], file)
             yield Guess(why_not=f"{file.name} has the columns {listed}; {missing}")
         return
     name = os.path.relpath(file, root)
@@ -227,6 +275,19 @@ def _of_table(file: Path, folder: Path, rows: Iterator[tuple[str, dict[str, Any]
     if several:
         remarks.append(f"other columns with text are not used: {', '.join(several)}")
     yield Guess({"source": "table", "root": str(root), "table": table}, [first, *remarks])
+
+
+def _not_found(column: str, names: Sequence[str], file: Path) -> str:
+    """Return why the images that a table lists are not found, and what to do."""
+    first = names[0]
+    if not (os.path.isabs(first) and os.path.isfile(first)):
+        found = f"the images of column {column} do not exist, such as {first}"
+        return f"{found}; write their paths relative to the table or to a folder beside it"
+    shared = Path(os.path.commonpath([os.path.dirname(name) for name in names if os.path.isabs(name)]))
+    folder = file.parent if shared.is_relative_to(file.parent) else shared
+    moved = "" if folder == file.parent else ", and move the table there"
+    found = f"the paths of column {column} are absolute, such as {first}, and rmdd reads relative paths"
+    return f"{found}: write {os.path.relpath(first, folder)} and so on, relative to {folder}{moved}"
 
 
 def _rank(name: str, usual: Sequence[str]) -> int:
@@ -319,9 +380,11 @@ def _of_parquet(shards: Sequence[Path], folder: Path) -> Iterator[Guess]:
         yield Guess(why_not=f"{shards[0].name} is no complete Parquet file: {error}")
         return
     rows = first.to_pylist() if first is not None else []
-    binary = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    kinds = {name: schema.field(name).type for name in schema.names}
+    binary = [name for name, kind in kinds.items() if holds_images(kind) and not is_text(kind)]
     if not binary:
-        yield from _of_table(shards[0], folder, (("", row) for row in rows))
+        for guess in _of_table(shards[0], folder, (("", row) for row in rows)):
+            yield from _of_path_shards(guess, shards, folder) if len(shards) > 1 and not guess.why_not else (guess,)
         return
     image = min(binary, key=lambda name: _rank(name, IMAGE_COLUMNS))
     values = {name: [row[name] for row in rows if row[name] is not None] for name in schema.names if name not in binary}
@@ -330,24 +393,37 @@ def _of_parquet(shards: Sequence[Path], folder: Path) -> Iterator[Guess]:
     if not caption:
         yield Guess(why_not=f"{shards[0].name} has the columns {', '.join(schema.names)}; no column holds captions")
         return
+    root, what = folder, "the bytes of images"
     if not any((row[image] or {}).get("bytes") if isinstance(row[image], dict) else row[image] for row in rows):
-        text = (
-            f"column {image} of {shards[0].name} holds paths and no bytes of images; save the images with their bytes"
-        )
-        yield Guess(why_not=text)
-        return
+        paths = [row[image].get("path") for row in rows[:40] if isinstance(row[image], dict)]
+        root, share = root_of(paths, shards[0].parent)
+        what = f"paths of images, relative to {root}"
+        if share < 0.5 or not folder.is_relative_to(root):
+            text = f"column {image} of {shards[0].name} holds no bytes of images, and no images are at their paths"
+            yield Guess(
+                why_not=f"{text} in {folder} or beside it, such as {paths[:1]}; save the images with their bytes"
+            )
+            return
     names: dict[str, str | None] = {"image": image, "caption": caption}
     if split != "split" and (split or "split" in values):
         names["split"] = split
-    remark = f"{_names(shards, folder)}: column {image} holds the bytes of images, and {caption} holds captions"
-    guess = Guess({"source": "parquet", "root": str(folder), "parquet": names}, [remark, *remarks])
+    remark = f"{_names(shards, folder)}: column {image} holds {what}, and {caption} holds captions"
+    guess = Guess({"source": "parquet", "root": str(root), "parquet": names}, [remark, *remarks])
     yield _with_files(guess, "parquet", shards, folder)
 
 
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _of_path_shards(guess: Guess, shards: Sequence[Path], folder: Path) -> Iterator[Guess]:
+    """Guess how several Parquet files that list paths of images are read; `guess` is a guess for the first of them."""
+    if folder.is_relative_to(guess.values["root"]):
+        names = {name: column for name, column in guess.values["table"].items() if name != "file"}
+        remark = (
+            f"{_names(shards, folder)}: column {names['image']} holds paths of images, and {names['caption']} captions"
+        )
+        values = {"source": "parquet", "root": guess.values["root"], "parquet": names}
+        yield _with_files(Guess(values, [remark, *guess.remarks[1:]]), "parquet", shards, folder)
+    elif groups := _by_split(shards):
+        yield from _of_split_tables(groups[0], folder)
+    else:
+        others = ", ".join(file.name for file in shards[1:4])
+        guess.remarks.append(f"{others} and other Parquet files are not read, because they are not below data.root")
+        yield guess

@@ -134,10 +134,12 @@ def _found(guess: Guess) -> Look:
         found.counts = {split: (c["pairs"], c["captions"]) for split, c in stored.counts.items()}
         return found
     source = sources.find(data)
-    if isinstance(source, SampleSource):
+    listed = source.rows(source.files(data), data) if isinstance(source, SampleSource) else source.rows(data)[0]
+    if isinstance(source, SampleSource) and listed is None:
         named = _read_samples(found, source, data)
     else:
-        rows = list(source.rows(data)[0])
+        assert listed is not None
+        rows = list(listed)
         named = {row.split for row in rows if row.split is not None and row.split != NO_SPLIT}
         if unknown := sorted(name for name in named if name.strip().lower() not in SPLIT_NAMES):
             found.values["splits"], data = {"from_source": False}, data.model_copy(update={"splits": IGNORED})
@@ -145,15 +147,15 @@ def _found(guess: Guess) -> Look:
             named = set()
         _count(found, rows, data)
     if not named or not all(found.counts[split][0] for split in SPLITS):
-        _carve(found, named, isinstance(source, SampleSource))
+        _carve(found, named, listed is None)
     return found
 
 
 def _carve(found: Look, named: Collection[str], inside: bool) -> None:
     """Let images of train become val and test, where the source names no such splits, and correct the counts.
 
-    Val and test are numbers of images. If the images are `inside` the files of annotations, these are read twice to
-    choose a number of images, so a share is asked for unless there are few images.
+    Val and test are numbers of images. To choose a number of images that are `inside` tar or Parquet files, an ingest
+    reads these files twice, so that val and test are shares instead if there are many images.
     """
     total, images = found.images, {split: n for split, (n, _) in found.counts.items()}
     each = found.captions / max(1, total)

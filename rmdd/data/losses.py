@@ -36,7 +36,8 @@ def check_losses(dataset: Dataset, data: Data) -> None:
         f"{n} {reason} (such as {examples[reason][0]['file']}: {examples[reason][0]['detail']})"
         for reason, n in reasons.items()
     ]
-    lines = [f"{found}{allowed}: {'; '.join(counts)}"]
+    none = f"no file that data.source '{data.source}' reads below {data.root} lists an image"
+    lines = [f"{found}{allowed}: {'; '.join(counts) or none}"]
     if missing := [entry["file"] for entry in examples.get("missing_file", [])]:
         root = data.root or ""
         lines.append(f"looked for {', '.join(os.path.join(root, file) for file in missing[:_SHOWN])}")
@@ -60,10 +61,11 @@ def _advice(file: str, data: Data) -> str:
     for folder in _near(root):
         if (folder / file).is_file():
             moved = ""
-            if data.source == "table":
+            if data.source == "table" and isinstance(data.table.file, str):
                 moved = f" and data.table.file to {os.path.relpath(root / data.table.file, folder)}"
-            elif data.annotations is not None:
-                moved = f", and data.annotations to its path from there (now below {root})"
+            elif data.source == "table" or data.annotations is not None:
+                name = "table.file" if data.source == "table" else "annotations"
+                moved = f", and data.{name} to its path from there (now below {root})"
             return f"{paths}; found {folder / file}: set data.root to {folder}{moved}"
     return f"{paths}; set data.root to the folder that these paths start in"
 

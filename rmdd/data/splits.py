@@ -19,7 +19,7 @@ from rmdd.config import Data, hash_value
 from rmdd.core.arrays import mapped_array, write_array
 from rmdd.core.files import atomic_path
 from rmdd.core.locks import hold_folder
-from rmdd.data.captions import clean
+from rmdd.data.captions import clean, drawn_rows
 from rmdd.data.decode import decode_as, squash
 from rmdd.data.shards import Dataset
 
@@ -130,11 +130,11 @@ class Split:
 def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> Split:
     """Load the cleaned captions of a split; its images are decoded at the first access and kept in the folder `cache`.
 
-    `data.train_limit` and `data.eval_limit` limit a split to its first pairs. Pairs without a caption after cleaning
-    are dropped from every split and counted in `Split.dropped`. Several processes may call this function at the same
-    time.
+    `data.eval_limit` limits val and test to their first pairs; `data.train_limit` limits train to drawn pairs.
+    Pairs without a caption after cleaning are dropped from every split and counted in `Split.dropped`. Several
+    processes may call this function at the same time.
     """
-    limit = data.limit_of(split)
+    limit, drawn = data.limit_of(split), drawn_rows(dataset, split, data)
     rows: list[int] = []
     pair_ids: list[str] = []
     captions: list[str] = []
@@ -143,6 +143,8 @@ def load_split(dataset: Dataset, split: str, data: Data, cache: Path | str) -> S
     for row, (pair_id, raw) in enumerate(dataset.columns(split, "pair_id", "captions")):
         if limit is not None and len(rows) == limit:
             break
+        if drawn is not None and row not in drawn:
+            continue
         cleaned = [c for c in (clean(caption, data.captions) for caption in raw) if c]
         dropped["captions"] += len(raw) - len(cleaned)
         if not cleaned:

@@ -179,7 +179,9 @@ def limit_time(run: FirstRun, counts: estimate.Counts) -> None:
     limit = max(1000, int(images * 60 * MINUTES["experts"] / seconds["experts"]) // 1000 * 1000)
     if limit < images:
         _put(run, "data", train_limit=limit)
-        run.reasons["data.train_limit"] = f"of {images:,} training images, so that experts learn within minutes"
+        run.reasons["data.train_limit"] = (
+            f"uses {limit:,} of the {images:,} training images, which a hash draws, so that training takes minutes"
+        )
         counts = counts | {"train": (limit, captions * limit // images)}
         choose_sizes(run, counts)
     if (share := 60 * MINUTES["distill"] / seconds["distill"]) < 1:

@@ -45,7 +45,10 @@ def with_phase(changes: dict, **distill) -> dict:
             {"data": {"source": "lists", "root": "r", "annotations": {"dev": "d.json"}}},
             "data.annotations.dev: unknown key",
         ),
-        ({"data": {"source": "lists", "root": "r", "annotations": {}}}, "data.annotations is empty"),
+        (
+            {"data": {"source": "lists", "root": "r", "annotations": {}}},
+            "data.annotations or data.table.file is an empty mapping",
+        ),
         ({"data": {"source": "karpathy", "root": "r", "annotations": {"val": "v.json"}}}, "use source: lists"),
         (
             {"experts": {"worker_group": {"workers": 2}}, "runtime": {"gpus_per_worker": 0.5}},

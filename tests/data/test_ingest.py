@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -262,6 +264,16 @@ def test_a_wrong_root_is_an_error_that_says_where_it_looked_and_what_to_set(root
     assert f"rejected rows: {tmp_path / 'out' / 'quarantine.jsonl'}" in message
     right = data.model_copy(update={"root": str(root / "pictures"), "table": TableSource(file="../captions.csv")})
     assert sum(n["pairs"] for n in ingest(right, tmp_path / "right").counts.values()) == 2
+
+
+def test_an_input_without_images_is_an_error_that_says_so(root, tmp_path):
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}), root / "a.parquet"
+    )
+    with pytest.raises(
+        ValueError, match="kept 0 of 0 images: no file that data.source 'parquet' reads below .* lists an"
+    ):
+        ingest(Data(source="parquet", root=str(root)), tmp_path / "out")
 
 
 def test_losing_more_than_the_stated_share_is_an_error(messy, put, tmp_path):

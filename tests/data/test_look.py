@@ -41,6 +41,20 @@ def build(root, draw, put, tmp_path):
             put("list.tsv", csv(rows(), "\t"))
         elif kind == "table in a folder":
             put("lists/all.jsonl", "\n".join(json.dumps(row) for row in rows("images/")))
+        elif kind == "tables named after splits":
+            for split in SPLITS:
+                put(f"{split}.csv", csv([{**row, "part": row["id"]} for row in rows() if row["part"] == split]))
+        elif kind == "parquet of paths":
+            for split in SPLITS:
+                table = [row for row in rows("images/") if row["part"] == split]
+                pq.write_table(pa.Table.from_pylist(table).drop(["part"]), root / f"{split}.parquet")
+        elif kind == "parquet without bytes":
+            (root / "data").mkdir()
+            for split in SPLITS:
+                chosen = [i for i in range(10) if SPLIT_OF[i] == split]
+                table = [{"jpg": {"bytes": None, "path": f"images/{NAMES[i]}"}, "txt": captions[i]} for i in chosen]
+                pq.write_table(pa.Table.from_pylist(table), root / "data" / f"{split}.parquet")
+            return root / "data"
         elif kind == "table of paths":
             pq.write_table(pa.Table.from_pylist(rows("images/")), root / "list.parquet")
         elif kind == "numbered columns":
@@ -101,6 +115,9 @@ KINDS = {
     "table beside a folder": ("table", "named"),
     "table in a folder": ("table", "named"),
     "table of paths": ("table", "named"),
+    "tables named after splits": ("table", "named"),
+    "parquet of paths": ("parquet", "named"),
+    "parquet without bytes": ("parquet", "named"),
     "numbered columns": ("table", "unnamed"),
     "imagefolder": ("imagefolder", "named"),
     "a text beside each image": ("imagefolder", "unnamed"),
@@ -167,6 +184,36 @@ def test_images_of_the_sample_that_cannot_be_opened_are_named(root, draw, put):
     put("a.csv", "file_name,text\n" + "\n".join(f"{n},a text" for n in NAMES))
     found = look(str(root))
     assert f"2 of the 10 images looked at cannot be opened: {root}" in "\n".join(found.lines())
+
+
+def test_tables_named_after_splits_without_captions_or_with_other_folders(root, draw, put):
+    draw(*(f"images/{n}" for n in NAMES), *(f"more/{n}" for n in ("a.png", "b.png")))
+    put("my_train.csv", "file_name,text\n" + "\n".join(f"images/{n},a text" for n in NAMES[:8]))
+    put("my_val.csv", "file_name,text\n" + "\n".join(f"images/{n},a text" for n in NAMES[8:]))
+    put("my_test.csv", "file_name\nimages/0.png")
+    found = look(str(root))
+    assert found.values["table"]["file"] == {"train": "my_train.csv", "val": "my_val.csv"}
+    assert found.values["splits"] == {"test": 1} and [n for n, _ in found.counts.values()] == [7, 2, 1]
+    assert "my_test.csv is not read, because it has no column text" in "\n".join(found.remarks)
+    put("my_train.csv", "file_name,text\n" + "\n".join(f"{n},a text" for n in NAMES))
+    put("my_test.csv", "file_name,text\na.png,a text\nb.png,a text\n")
+    with pytest.raises(ValueError, match="my_val.csv to .*; write one table with a column split"):
+        look(str(root))
+
+
+def test_the_largest_of_several_tables_is_read(root, draw, put):
+    draw(*NAMES)
+    put("a.csv", "file_name,text\n0.png,a text")
+    put("b.csv", "file_name,text\n" + "\n".join(f"{n},a text" for n in NAMES))
+    found = look(str(root))
+    assert found.images == 10 and "the largest table is read, and not a.csv" in "\n".join(found.remarks)
+
+
+def test_absolute_paths_of_images_are_refused_with_a_relative_path_to_write(root, draw, put):
+    draw("images/0.png")
+    put("a.csv", f"file_name,text\n{root / 'images' / '0.png'},a text")
+    with pytest.raises(ValueError, match="are absolute, such as .*: write images/0.png and so on, relative to"):
+        look(str(root))
 
 
 def test_unknown_names_of_splits_are_not_used(root, draw, put):

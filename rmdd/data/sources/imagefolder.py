@@ -13,14 +13,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from rmdd.config import Data, TableSource
-from rmdd.data.columns import columns_of
+from rmdd.data.columns import CAPTION_COLUMNS, columns_of
 from rmdd.data.inputs import InputPath, find, input_path
-from rmdd.data.source import AnnotationRow, AnnotationSource, named_split
+from rmdd.data.source import SPLIT_NAMES, AnnotationRow, AnnotationSource
 from rmdd.data.sources.table import records, rows_of
 from rmdd.data.sources.webdataset import IMAGES, caption_in
-
-CAPTIONS = ("text", "caption", "captions", "prompt", "description")
-"""Names of caption columns, in the order in which they are looked for."""
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
@@ -45,7 +42,7 @@ def _in_table(root: InputPath, file: str, data: Data) -> Iterator[AnnotationRow]
         return
     columns = TableSource(
         image=rule.image or _image_column(root / file, first[1]),
-        caption=rule.caption or next((name for name in CAPTIONS if name in first[1]), CAPTIONS[0]),
+        caption=rule.caption or next((name for name in CAPTION_COLUMNS if name in first[1]), CAPTION_COLUMNS[0]),
         split=rule.split,
     )
     folder = PurePosixPath(file).parent
@@ -76,7 +73,10 @@ def _beside_images(root: InputPath, data: Data) -> Iterator[AnnotationRow]:
 
 
 def _split_of(image: Any, data: Data) -> str | None:
-    return named_split(str(PurePosixPath(image).parent), data.splits.names) if isinstance(image, str) else None
+    """Return the name of the nearest folder of an image that is the name of a split, or None."""
+    known = SPLIT_NAMES.keys() | {name.strip().lower() for name in data.splits.names}
+    folders = PurePosixPath(image).parts[-2::-1] if isinstance(image, str) else ()
+    return next((folder for folder in folders if folder.strip().lower() in known), None)
 
 
 SOURCE = AnnotationSource(rows, cut_by_hash=True, without_list=True)

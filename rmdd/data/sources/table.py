@@ -1,4 +1,6 @@
-"""A folder of images and one table (CSV, TSV, JSON lines or Parquet) with one row per caption or one row per image.
+"""A folder of images and a table (CSV, TSV, JSON lines or Parquet) with one row per caption or one row per image.
+
+There is one table, or one per split.
 
 An unknown split name in the split column stops the ingest; a row whose cell in this column is empty is quarantined.
 """
@@ -9,6 +11,8 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from rmdd.config import Data, TableSource
@@ -19,10 +23,19 @@ from rmdd.data.source import NO_SPLIT, AnnotationRow, AnnotationSource
 
 
 def rows(data: Data) -> tuple[Iterator[AnnotationRow], list[InputPath]]:
-    path = input_path(data.root) / data.table.file
-    if not path.is_file():
-        raise ValueError(f"{path} not found; set data.table.file to the path of the table relative to data.root")
-    return rows_of(path, records(path), data.table), [path]
+    file = data.table.file
+    tables: list[tuple[str | None, str]] = [(None, file)] if isinstance(file, str) else [*file.files.items()]
+    paths = [(split, input_path(data.root) / name) for split, name in tables]
+    for _, path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} not found; set data.table.file to the path of the table relative to data.root")
+    return chain.from_iterable(_in_table(path, split, data) for split, path in paths), [path for _, path in paths]
+
+
+def _in_table(path: InputPath, split: str | None, data: Data) -> Iterator[AnnotationRow]:
+    """Yield the rows of a table; if `split` is given, all of them are in it."""
+    rows = rows_of(path, records(path), data.table)
+    yield from rows if split is None else (replace(row, split=split) for row in rows)
 
 
 def records(path: InputPath) -> Iterator[tuple[str, dict[str, Any]]]:

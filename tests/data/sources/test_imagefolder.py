@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from formats import rows_of
 
 from rmdd.config import Data, ImageFolder
 from rmdd.data.ingest import ingest, quarantined
@@ -102,6 +103,17 @@ def test_a_change_in_one_of_two_tables_of_the_same_name_is_noticed(root, put, dr
         ingest(data_of(root), tmp_path / "out")
 
 
+def test_only_the_whole_name_of_a_folder_is_the_name_of_a_split(root, put, draw, tmp_path):
+    draw("Test/0.png", "my test photos/1.png", "holdout/2.png")
+    for name in ("Test/0", "my test photos/1", "holdout/2"):
+        put(f"{name}.txt", "x")
+    data = Data(source="imagefolder", root=str(root), splits={"names": {"holdout": "test"}, "test": None})
+    found = {row.image: row.split for row in rows_of(data)}
+    assert found == {"Test/0.png": "Test", "my test photos/1.png": None, "holdout/2.png": "holdout"}
+    images = pairs(ingest(data, tmp_path / "out"))
+    assert {"Test/0.png", "holdout/2.png"} <= set(images["test"])
+
+
 @pytest.mark.parametrize(
     ("path", "text", "rule", "message"),
     [
@@ -117,7 +129,7 @@ def test_a_change_in_one_of_two_tables_of_the_same_name_is_noticed(root, put, dr
             "metadata.csv",
             "file_name,label\n1.png,x\n",
             {},
-            "no column 'text'; it has file_name, label; set data.imagefolder",
+            "no column 'caption'; it has file_name, label; set data.imagefolder",
         ),
         ("metadata.csv", "file_name,text\n1.png,x\n", {"caption": "de"}, "no column 'de'; it has file_name, text"),
     ],

@@ -28,6 +28,13 @@ JSON_LINES = """{"image": "1.png", "caption": ["A, b", "c"], "split": "train"}
 {"image": "3.png", "caption": "f", "split": "test"}"""
 
 
+def test_a_table_per_split_puts_its_rows_in_this_split(root, put):
+    put("a.csv", "image,caption,split\n1.png,x,test\n")
+    put("b.csv", "image,caption\n2.png,y\n")
+    found = [(row.image, row.split, row.origin) for row in rows(root, file={"train": "a.csv", "val": "b.csv"})]
+    assert found == [("1.png", "train", "a.csv line 2"), ("2.png", "val", "b.csv line 2")]
+
+
 def rows(root, **table):
     return rows_of(Data(source="table", root=str(root), table=TableSource(**table)))
 
