@@ -107,16 +107,27 @@ def write_report(
         temporary.write_text(environment.from_string(source).render(facts), encoding="utf-8")
 
 
+HIGH_CHANCE = 10
+"""R@mean of random rankings, in percent, above which ratios of scores mean little, because the test split is tiny."""
+
+
 def headline(distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
     """Return one sentence with the main result of a run. It compares test scores after the last training pass."""
     table, name = evaluation["table"], TITLES.get(distilled.method, distilled.method)
     ours, random, full = (table[row]["test_last"]["R@mean"] for row in (distilled.method, "random", "full"))
     reach = f"train a student to {ours['mean']:.1f} R@mean on unseen test pairs"
     pairs = evaluation["baseline"]["pairs"]
+    chance = evaluation.get("chance", {}).get("test", {}).get("R@mean", 0)
+    difference = evaluation.get("certainty", {}).get("minus_random", {}).get(distilled.method, {}).get("R@mean")
     if ours["mean"] <= random["mean"]:
         against = f"not better than {pairs} random real pairs ({random['mean']:.1f})"
     elif ours["mean"] - _spread(ours) <= random["mean"] + _spread(random):
         against = f"better than {pairs} random real pairs ({random['mean']:.1f}), but the spreads overlap"
+    elif difference and difference["low"] <= 0:
+        interval = "but the 95 % interval of the difference includes 0"
+        against = f"better than {pairs} random real pairs ({random['mean']:.1f}), {interval}"
+    elif chance > HIGH_CHANCE:
+        against = f"{ours['mean'] - random['mean']:.1f} points above {pairs} random real pairs ({random['mean']:.1f})"
     elif random["mean"] > 0:
         against = f"{ours['mean'] / random['mean']:.1f} times the {random['mean']:.1f} of {pairs} random real pairs"
     else:
@@ -124,7 +135,9 @@ def headline(distilled: DistilledSet, evaluation: dict[str, Any]) -> str:
     total = card.train_pairs(distilled)
     all_pairs = f"all {total:,} training pairs" if total else "all training pairs"
     bound = ""
-    if full["mean"] > 0:
+    if chance > HIGH_CHANCE:
+        bound = f"; {all_pairs} reach {full['mean']:.1f}, and chance is {chance:.1f}"
+    elif full["mean"] > 0:
         bound = f", and {100 * ours['mean'] / full['mean']:.0f} % of the score of {all_pairs} ({full['mean']:.1f})"
     memory = f", in the memory of {pairs}," if distilled.num_pairs > pairs else ""
     return f"{distilled.num_pairs} pairs distilled by {name}{memory} {reach}: {against}{bound}."
