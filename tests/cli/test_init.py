@@ -70,6 +70,15 @@ def test_init_describes_the_data_and_check_accepts_the_run(folder):
     assert facts["budget"]["over"] is None and facts["data"]["counts"]["val"] == [2, 2]
 
 
+@pytest.mark.parametrize(("words", "limit"), [(30, 30), (50, 50), (500, 160)])
+def test_init_keeps_the_words_of_long_captions(folder, words, limit):
+    rows = [f"photos/{i}.png," + " ".join(["word"] * (words - 1) + [str(i)]) for i in range(12)]
+    (folder / "mine" / "list.csv").write_text("\n".join(["file,words", *rows]), encoding="utf-8")
+    assert rmdd_("init", "a.yaml", "--data", "mine", "--for", "gpu").exit_code == 0
+    run = config.load("a.yaml")
+    assert run.data.captions.max_words == limit and run.model.text.max_tokens == max(64, int(1.6 * limit))
+
+
 def test_init_refuses_data_with_too_few_images_to_train_on(folder):
     rows = "".join(f"photos/{i}.png,a picture\n" for i in range(4))
     (folder / "mine" / "few.csv").write_text(f"file,words\n{rows}", encoding="utf-8")
