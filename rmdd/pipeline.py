@@ -102,15 +102,22 @@ class Pipeline:
         require_layout(self.storage)
         self.storage.fetch(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "data.json").is_file():
+            self._write_run()
+
+    def _write_run(self) -> None:
+        """Write `run.yaml`. A run that was ingested before changes this file only after its ingest has succeeded."""
         with atomic_path(self.folder / "run.yaml") as temporary:
-            temporary.write_text(config.dump(run), encoding="utf-8")
+            temporary.write_text(config.dump(self.steps.run), encoding="utf-8")
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
     @once
     def ingest(self) -> Dataset:
         """Ingest the raw data, if that is not done yet, and return the dataset."""
-        return self.steps.ingest()
+        dataset = self.steps.ingest()
+        self._write_run()
+        return dataset
 
     @once
     def item(self) -> TaskItem:

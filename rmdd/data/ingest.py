@@ -242,13 +242,21 @@ def _finished(out: Path, inputs: dict[str, Any], data: Data, half_moved: bool) -
     dataset = Dataset.open(out)
     recorded = {name: dataset.manifest[name] for name in inputs}
     if recorded != inputs:
-        new, old = inputs["config"], recorded["config"]
-        differing = [name for name in new | old if new.get(name) != old.get(name)] or ["annotations"]
+        if differing := _differing(inputs["config"], recorded["config"]):
+            raise ValueError(
+                f"{out} holds a dataset made with other settings ({', '.join(differing)} differ); "
+                "give a new folder for the dataset, or delete this one"
+            )
+        changed = "; ".join(_differing(inputs["annotations"], recorded["annotations"]))
         raise ValueError(
-            f"{out} holds a dataset made from other input ({', '.join(differing)} differ); "
-            "give a new folder for the dataset, or delete this one"
+            f"the annotations changed ({changed}) since the dataset in {out} was written; to use the new annotations, "
+            "delete this folder and change `name` in the run file: results of the old data stay in the old run folder"
         )
     return None if _missing_image_exists_now(dataset, data) else dataset
+
+
+def _differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    return [name for name in new | old if new.get(name) != old.get(name)]
 
 
 def _missing_image_exists_now(dataset: Dataset, data: Data) -> bool:

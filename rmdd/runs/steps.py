@@ -396,11 +396,14 @@ class Steps:
         earlier = read_json(path) if path.is_file() else {"data_hash": dataset.hash}
         if earlier["data_hash"] != dataset.hash:
             if any(file.name not in NO_RESULTS and file.name[0] != "." for file in self.folder.iterdir()):
-                manifest = Path(earlier["path"]) / MANIFEST
-                then = f"{_pairs(read_json(manifest)['counts'])} pairs then, " if manifest.is_file() else ""
+                manifest, now = Path(earlier["path"]) / MANIFEST, _pairs(dataset.counts)
+                stored = read_json(manifest) if manifest.is_file() else {}
+                known = stored.get("data_hash") == earlier["data_hash"]  # a later ingest may have replaced the dataset
+                then = _pairs(stored["counts"]) if known else now
+                counts = f" ({then} pairs then, {now} pairs now)" if then != now else ""
                 raise ValueError(
-                    f"{self.folder} has results of other data ({then}{_pairs(dataset.counts)} pairs now); to start "
-                    "with the new data, change `name` in the run file, or delete this folder"
+                    f"{self.folder} has results of other data{counts}; to start with the new data, "
+                    "change `name` in the run file, or delete this folder"
                 )
             self.progress.say("data: other than at the last start, which left no results")
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})

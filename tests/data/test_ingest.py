@@ -160,7 +160,7 @@ def test_other_input_into_the_same_folder_is_refused(messy, put, tmp_path):
         ingest(messy.model_copy(update={"max_pixels": 9000}), out)
     ingest(messy.model_copy(update={"image_size": 32, "eval_limit": 5}), out)
     put("train.json", [{"image": "a.png", "caption": "changed"}])
-    with pytest.raises(ValueError, match="annotations differ"):
+    with pytest.raises(ValueError, match=r"annotations changed \(train.json\)"):
         ingest(messy, out)
 
 

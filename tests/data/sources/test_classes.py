@@ -167,7 +167,7 @@ def test_a_new_image_makes_the_old_dataset_out_of_date(imagenet, tmp_path):
     data = data_of(imagenet, images="val")
     ingest(data, tmp_path / "out")
     formats.picture(imagenet / "val" / "n01" / "new.jpg")
-    with pytest.raises(ValueError, match="made from other input"):
+    with pytest.raises(ValueError, match="the annotations changed"):
         ingest(data, tmp_path / "out")
 
 
