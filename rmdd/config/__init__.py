@@ -262,9 +262,9 @@ Source = str | Path | Mapping[str, Any] | Run
 def load(source: Source, overrides: Iterable[str] = ()) -> Run:
     """Load a run from a preset name, a YAML file, a mapping or a run; apply overrides such as `a.b=c`, and check it.
 
-    What a file of yours, a mapping or an override states itself holds over the method. What they inherit from a preset
-    of another method does not: `distill.method` brings its own values instead. Other missing fields get the values of
-    the file that a file `extends`, then the defaults of the method, then the general defaults.
+    What a file of yours, a mapping or an override states itself takes precedence over the values of the method. What
+    they inherit from a preset of another method does not: `distill.method` brings its own values instead. Other missing
+    fields get the values of the file that a file `extends`, then the defaults of the method, then the general defaults.
 
     >>> rmdd.load_config("demo", ["distill.seed=1"])  # doctest: +SKIP
 

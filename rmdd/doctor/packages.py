@@ -108,7 +108,8 @@ def check_ray(start: bool) -> Iterator[Finding]:
         cure = 'free memory, /dev/shm and the temporary folder, or set runtime.ray: "off"'
         yield Finding("ray", "problem", f"a local Ray does not start: {started}", cure)
     else:
-        yield ok("ray", facts["version"] + (", a local Ray starts" if start else "; --start-ray also starts one"))
+        tested = "; --start-ray also tests the start of a local Ray"
+        yield ok("ray", f"{facts['version']} can be imported" + (", a local Ray starts" if start else tested))
 
 
 def check_text_encoder() -> Iterator[Finding]:
@@ -142,6 +143,8 @@ def _gpus_of_driver() -> str:
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if done.returncode:
         return ""
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return "; ".join(f"{name} (driver {driver.strip()})" for name, _, driver in (line.partition(",") for line in lines))

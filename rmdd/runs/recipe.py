@@ -40,7 +40,7 @@ def remarks_of(run: config.Run) -> list[str]:
         return []
     (name, other), fields = origins.preset, origins.gave_way
     listed = ", ".join(fields[:SHOWN]) + (f" and {len(fields) - SHOWN} more" if len(fields) > SHOWN else "")
-    remarks = [f"{name} chose these values for {other}, so they are not used with {method}: {listed}"]
+    remarks = [f"these values of {name} were tuned for {other} and are not used with {method}: {listed}"]
     if better := counterpart(name, other, method):
         remarks.append(f"the preset {better} has values that were chosen for {method} on this data")
     return remarks

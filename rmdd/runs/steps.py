@@ -405,7 +405,7 @@ class Steps:
                     f"{self.folder} has results of other data{counts}; to start with the new data, "
                     "change `name` in the run file, or delete this folder"
                 )
-            self.progress.say("data: other than at the last start, which left no results")
+            self.progress.say("the data changed since the last start; that start left no results")
         write_json(path, {"data_hash": dataset.hash, "path": str(dataset.path)})
 
     @contextlib.contextmanager

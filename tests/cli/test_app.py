@@ -239,7 +239,7 @@ def test_check_prints_the_recipe_and_the_values_of_the_method_that_files_replace
         "Values of lors that are replaced",
         "│ distill.ema │ 0 │ 0.5 │ mine.yaml │",
         "│ distill.phases │ 99 pairs, 3000 updates │ 49 pairs, 3000 updates │ distill.budget │",
-        "note: demo chose these values for ptm_st, so they are not used with lors: distill.batch",
+        "note: these values of demo were tuned for ptm_st and are not used with lors: distill.batch",
     ):
         assert line in shown
 

@@ -210,7 +210,7 @@ def test_a_remark_names_the_preset_of_the_method_for_the_same_data(preset, bette
     remarks = remarks_of(load(preset, ["distill.method=lors", *([] if preset == "demo" else ["data.root=x"])]))
     named = f"the preset {better} has values that were chosen for lors on this data"
     assert remarks[1:] == ([named] if better else [])
-    assert preset == "emoji_lors_100" or remarks[0].startswith(f"{preset} chose these values for ptm_st, so they are")
+    assert preset == "emoji_lors_100" or remarks[0].startswith(f"these values of {preset} were tuned for ptm_st and ")
 
 
 @pytest.mark.parametrize("method", BUILT_IN)

@@ -171,6 +171,13 @@ def test_what_stops_only_some_runs_is_a_warning(healthy, monkeypatch, plant):
     assert found in findings[check][1] and cure in findings[check][2]
 
 
+def test_a_driver_without_gpus_is_no_problem(healthy, monkeypatch):
+    _old_driver(monkeypatch, healthy)
+    (healthy.parent / "nvidia-smi").write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    findings, code = doctor(healthy)
+    assert code == 0 and findings["GPUs"] == ("ok", "none; runs use CPUs", "")
+
+
 def test_a_hub_that_does_not_answer_is_a_warning(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
