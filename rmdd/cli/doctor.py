@@ -14,8 +14,8 @@ from rmdd.doctor.finding import Finding
 @command(options=("json", "debug"))
 def doctor(
     storage: Annotated[str, typer.Argument(metavar="[STORAGE]", help="Folder or URI of runtime.storage.")] = "runs",
-    start_ray: Annotated[bool, typer.Option("--start-ray", help="Also test the start of a local Ray, about 10 seconds.")] = False,
-    no_network: Annotated[bool, typer.Option("--no-network", help="Do not contact the Hugging Face hub, which takes at most 3 seconds.")] = False,
+    start_ray: Annotated[bool, typer.Option("--start-ray", help="Also test a local start of Ray, 10 seconds.")] = False,
+    no_network: Annotated[bool, typer.Option("--no-network", help="Do not contact the hub (3 s at most).")] = False,
 ) -> Output:
     """Check Python, packages, GPUs, Ray, disks, limits, storage and hub; say how to cure problems."""
     checks: list[Iterable[Finding]] = [

@@ -108,7 +108,7 @@ def check_ray(start: bool) -> Iterator[Finding]:
         cure = 'free memory, /dev/shm and the temporary folder, or set runtime.ray: "off"'
         yield Finding("ray", "problem", f"a local Ray does not start: {started}", cure)
     else:
-        tested = "; --start-ray also tests the start of a local Ray"
+        tested = "; --start-ray also tests a local start"
         yield ok("ray", f"{facts['version']} can be imported" + (", a local Ray starts" if start else tested))
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from rmdd import __version__, config
 from rmdd.cli import app as cli
 from rmdd.cli import console
+from rmdd.cli.table import FittedTable
 
 METRICS = ("R@mean", "IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 
@@ -46,6 +47,12 @@ def test_a_shell_completes_commands_options_and_presets(line, expected):
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_RMDD_COMPLETE": "complete_bash"}
     done = CliRunner().invoke(cli.app, [], prog_name="rmdd", env=words)
     assert expected and done.stdout.split() == expected
+
+
+def test_a_table_without_columns_is_empty():
+    drawn = Console(file=io.StringIO(), width=40)
+    drawn.print(FittedTable())
+    assert not drawn.file.getvalue().strip()
 
 
 def test_the_script_for_completion_is_printed(monkeypatch):
