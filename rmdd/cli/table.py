@@ -19,8 +19,9 @@ class FittedTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         if self.most is not None:
             options = options.update(max_width=min(options.max_width, self.most))
-        for shaped in (lambda: self, self._turned):
-            if _least_width(table := shaped()) <= options.max_width:
+        for turn in (False, True):
+            table = self._turned() if turn else self
+            if _least_width(table) <= options.max_width:
                 yield from Table.__rich_console__(table, console, options)
                 return
         yield from self._lists()
