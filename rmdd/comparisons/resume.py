@@ -10,6 +10,7 @@ from rmdd.comparisons.entries import open_entries
 from rmdd.comparisons.transfer import Transfer
 from rmdd.core.files import read_json
 from rmdd.core.layout import locate_file
+from rmdd.core.storage import is_uri
 
 
 def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
@@ -23,7 +24,8 @@ def comparison_in(folder: Path | str) -> Comparison | Transfer | None:
         return None
     raw: dict[str, Any] = read_json(file)
     old_storage, raw["run"]["runtime"]["storage"] = raw["run"]["runtime"]["storage"], storage
-    words = [word.replace(old_storage, storage, 1) for word in raw["words"]]
+    relative = not is_uri(old_storage) and not Path(old_storage).is_absolute()  # it says not where the sets were
+    words = raw["words"] if relative else [word.replace(old_storage, storage, 1) for word in raw["words"]]
     if raw["verb"] == "compare":
         return Comparison(tuple(open_entries(words)), config.load(raw["run"]), raw["against"], raw["reencode"])
     return transfer.prepare_transfer(words[0], raw["to"], raw["run"], [], random=raw["random"], full=raw["full"])

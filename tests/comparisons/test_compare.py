@@ -396,6 +396,13 @@ def test_a_comparison_can_be_resumed_in_a_moved_storage(storage, tmp_path):
     assert again.folder == folder and [r["students"] for r in again.rows] == [r["students"] for r in result.rows]
 
 
+def test_a_comparison_with_a_relative_storage_can_be_reopened(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = config.load(folders(storage)[0] / "run.yaml", [f"runtime.storage={storage.name}"])
+    folder = prepare_comparison([str(path) for path in folders(storage)], run, []).write_description()
+    assert comparison_in(folder).folder == folder
+
+
 @pytest.mark.ray
 def test_ray_changes_no_number(ray_local, storage, compared):
     one, two = folders(storage)
