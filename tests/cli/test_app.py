@@ -226,10 +226,9 @@ def test_check_prints_the_recipe_and_the_values_of_the_method_that_files_replace
     (workdir / "mine.yaml").write_text("extends: demo\ndistill: {method: lors, ema: 0.5}\n")
     words = ("check", "mine.yaml", *sets("distill.lr_text=7"))
     recipe = json.loads(rmdd_(*words, "--json").stdout)["recipe"]
-    (phase,) = recipe["phases"]
     assert (recipe["method"], recipe["trajectory"], recipe["estimator"]) == ("lors", "original", "first_order")
     assert recipe["similarity"] == {"kind": "low_rank", "rank": 10, "alpha": 3.0} and recipe["optimiser"] == "sgd"
-    assert (recipe["loss"], recipe["rates"]["lr_image"], phase["iterations"]) == ("wbce", 100, 3000)
+    assert (recipe["loss"], recipe["rates"]["lr_image"], recipe["phases"][0]["iterations"]) == ("wbce", 100, 3000)
     rows = [(row["field"], row["own"], row["used"], row["by"]) for row in recipe["overridden"]]
     assert rows[1:] == [("distill.lr_text", 100, 7, "--set"), ("distill.ema", 0, 0.5, "mine.yaml")]
     assert "distill.stored_size" in recipe["gave_way"]
