@@ -43,7 +43,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed; without it, nothing is removed.")] = False,
     drop: Annotated[
         list[str] | None,
-        typer.Option("--run", metavar="NAME", help="Also drop this run, sweep, search ... (`*` allowed); repeatable."),
+        typer.Option("--run", metavar="NAME", help="Also drop this run, model, sweep ... (`*` allowed); repeatable."),
     ] = None,
     older_than: Annotated[
         str,
@@ -94,7 +94,7 @@ def _lines(cleaning: "Cleaning", removed: bool) -> Iterator[str]:
 
 def _table(rows: "Sequence[Listed]") -> Table:
     caption = (
-        "val, test: R@mean in %; of a sweep or search, of the run that is best on val.\n"
+        "val, test: R@mean in %; for a sweep or search: the scores of its best run on val.\n"
         "disk: the folder itself + the data, experts, phases and baselines it needs, which others may share."
     )
     table = FittedTable(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")

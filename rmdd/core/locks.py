@@ -30,6 +30,8 @@ SETTLE = 1.0
 write a lease at the same time, the one that reads back its own text holds the folder."""
 POLL = 0.2
 """Seconds between two attempts to get the file lock."""
+PROBE = 0.05
+"""Seconds after which a lock file is free again that `held_in` has locked to see whether a process holds it."""
 LOCKS = ".locks"
 """Name of the folders of lock files."""
 
@@ -139,6 +141,9 @@ def hold_folder(folder: Path | str, *, wait: bool) -> Iterator[Lease]:
     with open(lock_of(folder), "a") as lock:
         while not _locked(lock):
             if not wait:
+                time.sleep(PROBE)
+                if _locked(lock):
+                    break
                 raise _in_use(folder, cell.read())
             time.sleep(POLL)
         lease = Lease(folder, cell)
@@ -160,12 +165,17 @@ def held_in(path: Path) -> list[Path]:
     """Return the folders inside `path` that a process of this machine holds (see `hold_folder`)."""
     held = []
     for file in path.rglob("*.lock"):
-        with open(file) as lock:
-            try:
+        parent = file.parents[1] if file.parent.name == LOCKS else file.parent  # older versions: beside it
+        folder = parent / file.name.removesuffix(".lock")
+        try:
+            with open(file) as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                parent = file.parents[1] if file.parent.name == LOCKS else file.parent  # older versions: beside it
-                held.append(parent / file.name.removesuffix(".lock"))
+        except BlockingIOError:
+            held.append(folder)
+        except PermissionError:  # the lock file of another user, whose process removes its lease at its end
+            held += [folder] if LocalLeaseCell(folder).path.exists() else []
+        except (FileNotFoundError, IsADirectoryError):  # not a lock file of rmdd
+            continue
     return held
 
 

@@ -22,12 +22,12 @@ from rmdd.core.remote import Stamp
 from rmdd.distill.chain import is_chained, segment_ends
 from rmdd.inventory.cached import unused_cache
 from rmdd.inventory.contents import Contents
-from rmdd.inventory.work import ERRORS, KINDS, StoredWork, works_in
+from rmdd.inventory.work import ERRORS, KINDS, StoredWork, finished_trainings, works_in
 from rmdd.runs.needs import paths_in, planned
 from rmdd.runs.paths import is_finished
 
 HEX, SHORT = "[0-9a-f]" * 16, "[0-9a-f]" * 8
-SHARED = {
+SHARED_PATTERNS = {
     "experts": (f"experts/{HEX}",),
     "phases": (f"phases/{HEX}",),
     "baselines": (f"baselines/{HEX}",),
@@ -128,7 +128,7 @@ def plan_cleaning(
     `older_than` seconds is removed. Raises `ValueError` for an unknown name, and for work that others need or may need.
     """
     works, old = works_in(contents), time.time() - older_than if older_than else math.inf
-    dropped = _dropped(works, drop, old)
+    dropped = _dropped(contents, works, drop, old)
     kept = [work for work in works if work.folder not in dropped]
     needed: dict[str, str] = {}
     unclear: dict[str, str] = {}
@@ -146,12 +146,12 @@ def plan_cleaning(
                     f"{work.folder}, or keep {others[0]}. {work.folder}: {unclear[work.folder]}"
                 ) from error
     for name, owner in needed.items():
-        for folder in dropped:
-            if name == folder or name.startswith(f"{folder}/"):
+        for folder in (name, *map(str, PurePosixPath(name).parents)):
+            if folder in dropped:
                 raise ValueError(f"{owner} needs {folder}; drop it too with --run {owner}, or keep {folder}")
     removals = dict(dropped)
     if not unclear:
-        kinds = SHARED.keys() - ({"experts"} if keep_experts else set())
+        kinds = SHARED_PATTERNS.keys() - ({"experts"} if keep_experts else set())
         kinds -= {"baselines"} if other_baselines else set()
         found = dict.fromkeys((*_unneeded(contents, kinds, needed), *_of_comparisons(contents, kept)), UNNEEDED)
         found |= dict.fromkeys(_path_starts(contents, kept), "its phase is finished")
@@ -165,30 +165,35 @@ def plan_cleaning(
     return Cleaning(contents, listed, unclear, sorted(contents.held(ABANDONED_SECONDS)))
 
 
-def _dropped(works: Sequence[StoredWork], names: Sequence[str], old: float) -> dict[str, str]:
+def _dropped(contents: Contents, works: Sequence[StoredWork], names: Sequence[str], old: float) -> dict[str, str]:
     """Return the folders of the work that `names` match, with reasons; of a search, also its trials.
 
     Work that changed after the time `old` is kept. So are trials that were evaluated as runs, or belong to another
-    search too, and base runs of searches.
+    search too, and base runs of searches. The folders in which finished models were trained are dropped in any case.
     """
     dropped: dict[str, str] = {}
     for name in names:
-        pattern = name.rstrip("/")
-        matches = [w for w in works if pattern in (w.folder, w.path.name) or fnmatchcase(w.folder, pattern)]
+        patterns = {name.rstrip("/"), *contents.names_in(Path(name))}
+        matches = [
+            w for w in works if w.path.name in patterns or any(fnmatchcase(w.folder, pattern) for pattern in patterns)
+        ]
         if not matches:
-            near = get_close_matches(pattern, [w.folder for w in works], 1)
+            near = get_close_matches(min(patterns, key=len), [w.folder for w in works], 1)
             hint = f"did you mean {near[0]}?" if near else "`rmdd runs` lists all names"
-            raise ValueError(f"--run {name}: no run, sweep, search, comparison or coreset has this folder; {hint}")
-        if linked := [work.folder for work in matches if work.contents.is_linked(work.folder)]:
+            raise ValueError(f"--run {name}: no {', '.join(KINDS)} has this folder; {hint}")
+        if linked := [work.folder for work in matches if contents.is_linked(work.folder)]:
             raise ValueError(f"--run {name}: {linked[0]} is a link or lies in a linked folder; remove it by hand")
-        dropped |= {w.folder: f"named by --run {name}" for w in matches if w.contents.usage(w.folder).changed <= old}
+        dropped |= {w.folder: f"named by --run {name}" for w in matches if contents.usage(w.folder).changed <= old}
+    for folder in finished_trainings(works):
+        if contents.usage(folder).changed <= old and not contents.is_linked(folder):
+            dropped.setdefault(folder, "its model is finished")
     searches = [(work, *_trials(work)) for work in works if work.kind == "search"]
     others = {base for _, base, _ in searches}
     others |= {trial for work, _, trials in searches if work.folder not in dropped for trial in trials}
     for work, _, trials in searches:
         for trial in trials - others if work.folder in dropped else ():
-            evaluated = f"{trial}/evaluation.json" in work.contents.files
-            if not evaluated and 0 < work.contents.usage(trial).changed <= old and not work.contents.is_linked(trial):
+            evaluated = f"{trial}/evaluation.json" in contents.files
+            if not evaluated and 0 < contents.usage(trial).changed <= old and not contents.is_linked(trial):
                 dropped.setdefault(trial, f"a trial of {work.folder}")
     return dropped
 
@@ -228,7 +233,7 @@ def _is_of_another_version(work: StoredWork) -> bool:
 def _unneeded(contents: Contents, kinds: set[str], needed: dict[str, str]) -> Iterator[str]:
     """Yield the shared folders that no kept work needs, and what unfinished work left for them."""
     for kind in sorted(kinds):
-        for name in (name for pattern in SHARED[kind] for name in contents.find(pattern)):
+        for name in (name for pattern in SHARED_PATTERNS[kind] for name in contents.find(pattern)):
             if name not in needed and (kind != "data" or f"{name}/manifest.json" in contents.files):
                 yield name
     parts = [(n, f"data/{n[len('data/.') : -len('.parts')]}") for n in contents.find(f"data/.{HEX}.parts")]
@@ -266,5 +271,5 @@ def _path_starts(contents: Contents, kept: Sequence[StoredWork]) -> set[str]:
 def _locks(contents: Contents) -> list[str]:
     """Return the lock files of older versions that no process of this machine holds."""
     held = contents.held()
-    found = {name for pattern in OLD_LOCKS for name in contents.find(pattern)}
+    found = {name for pattern in OLD_LOCKS for name in contents.find(pattern) if name in contents.files}
     return [n for n in found if contents.usage(n).bytes == 0 and n.removesuffix(".lock") not in held]

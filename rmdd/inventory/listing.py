@@ -7,7 +7,7 @@ from typing import Any
 
 from rmdd.distill.trajectory.planning import PLAN
 from rmdd.inventory.contents import Contents
-from rmdd.inventory.work import ERRORS, StoredWork, works_in
+from rmdd.inventory.work import ERRORS, StoredWork, finished_trainings, works_in
 from rmdd.runs.needs import paths_in, planned
 from rmdd.runs.paths import RunPaths
 from rmdd.searches.space import Space
@@ -66,8 +66,7 @@ def listed(contents: Contents) -> list[Listed]:
             row.problem = str(error) or type(error).__name__
         rows.append(row)
     hidden = {name for name in trials if f"{name}/evaluation.json" not in contents.files}
-    models = [work.path.name for work in works if work.kind == "model"]
-    hidden |= {f"comparisons/{model}-train" for model in models}
+    hidden |= finished_trainings(works)
     return sorted((row for row in rows if row.folder not in hidden), key=lambda row: -row.changed)
 
 

@@ -5,7 +5,7 @@ owner could not be verified, or would compute something again when it is resumed
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +119,12 @@ def works_in(contents: Contents) -> list[StoredWork]:
                 if not any(map(is_temporary, folder.split("/"))):
                     found[folder] = StoredWork(contents, kind, folder)
     return list(found.values())
+
+
+def finished_trainings(works: Sequence[StoredWork]) -> set[str]:
+    """Return the folders in which models were trained on real pairs that are finished."""
+    models = {f"comparisons/{work.path.name}-train" for work in works if work.kind == "model"}
+    return {work.folder for work in works if work.kind == "training"} & models
 
 
 def _of_coreset(folder: Path, contents: Contents) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """Tests of storages at a URI and in a folder: mirrors, locks and leases, and the files of killed processes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from rmdd import config
 from rmdd.core import files, remote
 from rmdd.core import locks as lease
 from rmdd.core.files import append_jsonl, atomic_path, read_json, remove, sweep, temporary_beside, write_json
-from rmdd.core.locks import FolderInUse, hold_folder
+from rmdd.core.locks import FolderInUse, held_in, hold_folder
 from rmdd.core.storage import Mirror, open_storage
 from rmdd.core.tensors import save_checked
 from rmdd.data.ingest import ingest
@@ -166,6 +167,33 @@ with hold_folder(sys.argv[1], wait=False):
     print("held", flush=True)
     time.sleep(600)
 """
+
+
+def test_a_folder_can_be_held_while_another_process_looks_whether_it_is(tmp_path, monkeypatch):
+    lock = lease.lock_of(tmp_path / "run")
+    lock.parent.mkdir()
+    lock.touch()
+    with open(lock) as probe:
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        monkeypatch.setattr(lease.time, "sleep", lambda seconds: probe.close())
+        with hold_folder(tmp_path / "run", wait=False):
+            assert probe.closed and held_in(tmp_path) == [tmp_path / "run"]
+
+
+def test_lock_files_that_cannot_be_read_count_as_held_while_there_is_a_lease(tmp_path, monkeypatch):
+    (tmp_path / "folder.lock").mkdir()
+    (tmp_path / "broken.lock").symlink_to("absent")
+    (tmp_path / ".locks").mkdir()
+    for name in (".locks/mine.lock", ".locks/other.lock", "other.lease"):
+        (tmp_path / name).touch()
+    assert held_in(tmp_path) == []
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "folder.lock").rmdir()
+    monkeypatch.setattr(lease, "open", refuse, raising=False)  # the tests may run as root, who can read all files
+    assert held_in(tmp_path) == [tmp_path / "other"]
 
 
 @pytest.fixture

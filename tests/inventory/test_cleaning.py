@@ -177,9 +177,12 @@ def test_after_cleaning_everything_is_intact_and_nothing_is_computed_again(stora
     orphans(storage, draw)
     removed = clean(storage)
     starts = {name for name in before if "/path-starts/" in name}
-    kept = {n: s for n, s in contents_of(storage).items() if n in before or not n.startswith("baselines/")}
-    assert starts and {n: s for n, s in before.items() if n not in starts} == kept
-    assert {name.split("/")[0] for name in removed} == {"experts", "phases", "data", "cache", "begun-01234567.lock"}
+    baselines = {f"{name}/" for name in removed if name.startswith("baselines/")}  # an orphan, and that of the training
+    assert starts and len(baselines) == 2
+    gone = starts | {name for name in before if any(map(name.startswith, baselines))}
+    assert {n: s for n, s in before.items() if n not in gone} == contents_of(storage)
+    folders = {"experts", "phases", "baselines", "data", "comparisons", "cache", "begun-01234567.lock"}
+    assert {name.split("/")[0] for name in removed} == folders
     assert verify(str(storage)).faults == []
     before = results_in(storage)
     resume_all(storage)
@@ -287,7 +290,7 @@ def test_work_of_another_version_is_kept_with_everything_that_it_may_need(storag
     orphans(storage, random.Random(4))
     (folder,) = storage.glob("begun-*/")
     (folder / "run.yaml").write_text((folder / "run.yaml").read_text() + "gone: 1\n")
-    assert not [name for name in clean(storage, yes=False) if not name.endswith((".tmp", ".lock"))]
+    assert not [name for name in clean(storage, yes=False) if not name.endswith((".tmp", ".lock", "-train"))]
     words = command(storage).stdout
     assert f"cannot tell what {folder.name} need" in words and "gone: unknown key" in words
     assert {name.split("/")[0] for name in clean(storage, folder.name)} >= {"experts", "phases", "data", folder.name}
@@ -375,6 +378,26 @@ def test_a_set_that_a_comparison_reads_is_not_dropped(storage):
     done = command(storage, "--run", name, "--yes")
     assert done.exit_code == 1 and f"needs {name}; drop it too" in done.stderr and (storage / name).is_dir()
     assert "did you mean" in command(storage, "--run", f"{name}0").stderr
+
+
+def test_work_is_named_by_its_folder_or_its_path(storage, monkeypatch):
+    run = works.run_of(storage, "trained", experts={"seed": 1}).folder_name
+    monkeypatch.chdir(storage.parent)
+    by_name = clean(storage, run, yes=False)
+    assert run in by_name
+    for path in (storage / run, f"{storage.name}/{run}", f"{storage.name}/trained-*", f"{storage.name}/{run}/"):
+        assert clean(storage, str(path), yes=False) == by_name
+    with pytest.raises(ValueError, match="no run, sweep, search, comparison, coreset, model, training has this folder"):
+        clean(storage, "absent")
+
+
+def test_the_folder_of_a_training_stays_until_its_model_is_finished(storage):
+    (training,) = storage.glob("comparisons/*-train")
+    name = training.relative_to(storage).as_posix()
+    assert name in clean(storage, yes=False)
+    assert name not in clean(storage, yes=False, older_than=86400.0)
+    shutil.rmtree(storage / "models" / training.name.removesuffix("-train"))
+    assert name not in clean(storage, yes=False)
 
 
 def test_a_storage_at_a_uri_is_refused(storage):
