@@ -17,7 +17,7 @@ from rmdd.report.rows import COLUMNS, NAMES, score_rows
 
 PAD = "  "
 TABLE_WIDTH = 80
-"""Width in characters of the tables of methods and of presets on consoles that are not narrower."""
+"""Width in characters of the tables of methods and of presets; on a narrower console they are as wide as it is."""
 
 
 class _Stdout(Console):
@@ -172,7 +172,7 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def _overridden(recipe: Mapping[str, Any]) -> list[Table]:
-    """Return a table of the method's own values that the run does not use; none if it uses all of them."""
+    """Return a table of the method's default values that the run replaces; an empty list if it replaces none."""
     if not recipe["overridden"]:
         return []
     table = Table(title=f"Values of {recipe['method']} that are replaced")

@@ -33,7 +33,7 @@ SearchFolder = Annotated[
 
 @command
 def sweep(call: Call, source: Sources, over: Over = None, settings: Settings = None, set_: Sets = None) -> Output:
-    """Run many seeds, presets or settings in parallel; work that runs share, such as training experts, is done once."""
+    """Run many seeds, presets or settings side by side. Runs that need the same experts train them once."""
     from rmdd.searches.sweeps import members_of_files, read_over, read_settings
 
     listed = read_settings(settings) if settings else []

@@ -290,7 +290,7 @@ def with_planned_phases(run: config.Run, where: str) -> config.Run:
 
     The number of updates of students of random pairs follows from the sizes of the phases.
 
-    Raises `ConfigError` if the run has no plan yet, or if its gate has not yet decided about all phases.
+    Raises `ConfigError` if the run has no plan yet, or if it is not yet decided which planned phases are kept.
     """
     if not run.distill.plan.plans:
         return run

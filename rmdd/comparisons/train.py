@@ -137,7 +137,7 @@ class Training:
         return RetrievalModel(encoder.to(device), run.model, run.data, *constants, width, identity, facts, scores)
 
     def _val_of(self, data_hash: str | None) -> PreparedSplit | None:
-        """Return the val split of the data that the set was made from, if this data was ingested on this machine."""
+        """Return the val split of the set's source data; None if this machine has not ingested that data."""
         run, folder = self.run, dataset_folder(self.run)
         if not (folder / MANIFEST).is_file():
             return None
@@ -193,7 +193,10 @@ def prepare_training(
         )
         raise config.ConfigError([mistake], "train")
     if wrong := [o for o in overrides if o.startswith(("model.", "data.image_size"))]:
-        mistake = f"--set {wrong[0]}: a set fits the towers that it was made for; `rmdd transfer` trains other towers"
+        mistake = (
+            f"--set {wrong[0]}: a set fits the towers that it was made for; `rmdd transfer` trains other towers. "
+            "To use the set of a run that was started with this option, give the run's folder instead of its run file"
+        )
         raise config.ConfigError([mistake], "train")
     assert isinstance(raw, Mapping)
     unknown = raw["data"].get("root") is None and raw["data"]["source"] != "scenes"
@@ -206,7 +209,7 @@ def prepare_training(
 
 
 def _opened(source: config.Source, overrides: list[str], load: Load) -> tuple[Entry | None, config.Source]:
-    """Return the distilled set that `source` names, if there is one, and what its run is loaded from."""
+    """Return the distilled set at `source` (None without a set), and the run file, folder or mapping of its run."""
     if not isinstance(source, str | Path) or not (is_uri(str(source)) or Path(source).expanduser().is_dir()):
         run = load(source, overrides)
         if not (run_folder(run) / "set" / "set.json").is_file():

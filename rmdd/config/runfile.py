@@ -147,7 +147,7 @@ def put(
 
 
 def nested(raw: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """Return a copy of a run file in which values under dotted keys, such as `distill.batch: 8`, are in their sections.
+    """Return a copy of a run file that has the value of each dotted key, such as `distill.batch: 8`, in its section.
 
     Such a value replaces the one that the section itself states. Raises `ConfigError` for a wrong name.
     """

@@ -206,7 +206,7 @@ def _take(lease: Lease) -> bool:
 
 
 def _may_live(lease: dict[str, Any]) -> bool:
-    """Return whether the holder of a lease may be alive, although this process has the file lock of the folder."""
+    """Return whether the process that wrote a lease may still run. Hold the file lock of the folder meanwhile."""
     if lease.get("machine") == _holder_machine():
         return False
     return lease.get("machine") != machine() or alive(lease["pid"])

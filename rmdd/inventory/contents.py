@@ -1,4 +1,4 @@
-"""The files of a storage in a folder or at a URI, with their sizes and times, and the folders that processes hold."""
+"""List the files of a storage, in a folder or at a URI, with sizes and times, and the folders that are locked."""
 
 import contextlib
 import os

@@ -34,7 +34,10 @@ def recipe_of(run: config.Run) -> dict[str, Any]:
 
 
 def remarks_of(run: config.Run) -> list[str]:
-    """Return remarks on a preset of another method that the run starts from: unused values, and a fitting preset."""
+    """Return remarks for a run that extends a preset of another method.
+
+    They name the values of that preset that are not used and, if there is one, a preset of the run's own method.
+    """
     origins, method = run.origins, run.distill.method
     if origins is None or origins.preset is None or not origins.gave_way:
         return []

@@ -8,7 +8,7 @@ import works
 
 @pytest.fixture(scope="package")
 def made(tmp_path_factory):
-    """Fixture: the folder of the storage that `works.make` fills; tests change copies of it (fixture `storage`)."""
+    """Fixture: a storage that `works.make` filled. Tests must not change it; they change the copy `storage`."""
     storage = tmp_path_factory.mktemp("inventory") / "runs"
     works.make(storage)
     return storage
